@@ -1,0 +1,1 @@
+"""How good each answer is, as raw scores."""

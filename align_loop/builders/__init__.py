@@ -1,0 +1,1 @@
+"""Which examples come out of scored answers."""

@@ -1,0 +1,1 @@
+"""Whether it is getting better, and whether anything goes wrong."""

@@ -1,0 +1,1 @@
+"""What the loss is: pure functions on tensors."""

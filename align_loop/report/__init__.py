@@ -1,0 +1,1 @@
+"""What a person looks at: the report page, the closing table, paging through a run."""

@@ -1,0 +1,1 @@
+"""Which answers are drawn, and from which role."""

@@ -1,0 +1,1 @@
+"""Which examples stay, and with what soft label, margin, weight and beta."""

@@ -1,0 +1,1 @@
+"""Where metrics go; the only place that imports W&B."""
