@@ -30,6 +30,7 @@ class StageContext:
     name: str
     out: Path
     hardware: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None  # part of the stage's key; None for a stage without chance
     log_sink: Callable[[dict[str, Any]], None] | None = None  # live metrics, for example to W&B
     quiet: bool = False
     report: dict[str, Any] = field(default_factory=lambda: {"rows": {}, "tokens": 0, "facts": {}})

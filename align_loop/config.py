@@ -1,0 +1,201 @@
+"""The typed configuration of a run, and the checks across keys.
+
+``conf/`` says what is chosen; this file says what is possible. Everything that can be wrong with a
+configuration is found here, before any stage runs, as a ``UserError`` of one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from align_loop.errors import UserError
+from align_loop.parts import PART, build, nearest
+from align_loop.trainers.config import LoraConfig, TrainingConfig
+
+STEP_DATA = ("demonstrations", "seed", "all_labels", "on_policy")
+
+
+@dataclass
+class Step:
+    """One training of the policy: on which data, with which of the setting's training blocks.
+
+    ``data``: demonstrations (supervised), seed (the labelled preferences), all_labels (every preference), or
+    on_policy (sampled, annotated and built in this iteration). ``noise``: whether noise handling acts here.
+    """
+
+    name: str
+    data: Literal["demonstrations", "seed", "all_labels", "on_policy"]
+    training: str
+    noise: bool = False
+
+
+@dataclass
+class Schedule:
+    """Steps that run once before the loop, and the step of each iteration."""
+
+    before: list[Step] = field(default_factory=list)
+    iteration: Step | None = None
+
+
+@dataclass
+class Loop:
+    """How many iterations, where to stop early, and whether a trip of the drift guard ends the run."""
+
+    iterations: int = 0
+    until: str | None = None
+    stop_on_drift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"loop.iterations={self.iterations} must be 0 or more")
+
+
+@dataclass
+class Updater:
+    """What training starts from and is held against: ``reference`` previous (the step's start) or initial (SFT)."""
+
+    reference: Literal["previous", "initial"] = "previous"
+
+
+@dataclass
+class Hardware:
+    """Where stages run. Nothing here may change a result beyond the stated tolerance; none of it is in a key."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    launcher: Literal["auto", "inline", "process"] = "auto"
+    threads: int | None = None
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    score_token_budget: int = 16384
+    vllm_memory: float = 0.85
+    vllm_kv_cache_gib: float = 2.0
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "micro_batch_size", "score_token_budget", "tensor_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"hardware.{name}={value} must be at least 1")
+
+
+@dataclass
+class Tracking:
+    """Where W&B logs go. ``auto``: online with a key, else offline files under the run directory."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "align_loop"
+
+
+@dataclass
+class Config:
+    """A whole run. See ``conf/config.yaml`` for the defaults and what each key means."""
+
+    experiment: str
+    run_dir: str
+    store_dir: str
+    seed: int
+    sft: Literal["auto", "train", "skip"]
+    setting: Any = field(metadata=PART)
+    hardware: Hardware
+    sampler: Any = field(metadata=PART)
+    annotator: Any = field(metadata=PART)
+    builder: Any = field(metadata=PART)
+    shapers: dict[str, Any] = field(metadata=PART)
+    objective: Any = field(metadata=PART)
+    noise: Any = field(metadata=PART)
+    updater: Updater
+    evaluator: Any = field(metadata=PART)
+    loop: Loop
+    schedule: Schedule
+    tracking: Tracking
+    lora: LoraConfig | None = None
+
+    @property
+    def trains_sft(self) -> bool:
+        """Whether the run starts with supervised fine-tuning."""
+        return self.sft == "train" or (self.sft == "auto" and self.setting.has_demonstrations)
+
+
+def from_node(node: dict[str, Any]) -> Config:
+    """The checked configuration. Raises ``UserError`` naming the key, the value and the nearest right ones."""
+    config = build(Config, node, "")
+    _check_schedule(config)
+    _check_references(config)
+    _check_lengths(config)
+    return config
+
+
+def stage_names(config: Config) -> list[str]:
+    """Every stage of the run, in order: what ``loop.until`` may name."""
+    names = ["data", "start"]
+    for step in steps(config):
+        parts = {"demonstrations": [], "on_policy": ["sample", "annotate", "gold", "pairs"]}.get(step.data, ["pairs"])
+        names += [f"{step.name}/{part}" for part in (*parts, "train", "answers", "evaluate")]
+    return names
+
+
+def steps(config: Config) -> list[Step]:
+    """The schedule unrolled: the steps before the loop, then ``iteration-1``, ``iteration-2``, ..."""
+    before = [s for s in config.schedule.before if s.data != "demonstrations" or config.trains_sft]
+    one = config.schedule.iteration
+    loop = [Step(f"{one.name}-{i}", one.data, one.training, one.noise) for i in range(1, config.loop.iterations + 1)] if one else []
+    return [*before, *loop]
+
+
+def _check_schedule(config: Config) -> None:
+    if not config.schedule.before and not config.schedule.iteration:
+        raise UserError("no recipe chosen: add +experiment=NAME; python -m align_loop recipes lists them")
+    if config.loop.iterations and not config.schedule.iteration:
+        raise UserError(f"loop.iterations={config.loop.iterations}, but {config.experiment} has no loop: set it to 0")
+    for step in [*config.schedule.before, *([config.schedule.iteration] if config.schedule.iteration else [])]:
+        if step.training not in config.setting.training:
+            known = nearest(step.training, config.setting.training)
+            raise UserError(f"schedule: step {step.name}: training={step.training} is not in setting.training; {known}")
+    on_policy = [s for s in steps(config) if s.data == "on_policy"]
+    if on_policy:
+        config.setting.check_iterations(len(on_policy))
+    noisy = len([s for s in on_policy if s.noise])
+    if config.noise.action != "none" and noisy > len(config.noise.decoupling):
+        raise UserError(
+            f"noise.decoupling={config.noise.decoupling} has {len(config.noise.decoupling)} values for "
+            f"loop.iterations={noisy}: give one lambda an iteration"
+        )
+    if config.sft == "train" and not config.setting.has_demonstrations:
+        raise UserError("sft=train, but this setting has no demonstrations: give setting.demos or use sft=skip")
+    names = stage_names(config)
+    if config.loop.until is not None and config.loop.until not in names:
+        raise UserError(f"loop.until={config.loop.until}: no such stage; {nearest(config.loop.until, names)}")
+
+
+def _check_references(config: Config) -> None:
+    unrolled = steps(config)
+    trained = [s for s in unrolled if s.data in ("seed", "all_labels")]
+    on_policy = any(s.data == "on_policy" for s in unrolled)
+    if on_policy and not trained and config.annotator.reference in ("initial", "previous"):
+        raise UserError(
+            f"annotator.reference={config.annotator.reference}: without a step on labelled data the first policy is "
+            "the reference itself and all rewards would be 0; name another model (annotator.reference=FOLDER)"
+        )
+    if any(s.data == "seed" for s in unrolled) and not config.setting.has_preferences:
+        raise UserError("setting.preferences is missing: this recipe needs labelled preferences")
+
+
+def _check_lengths(config: Config) -> None:
+    new, room = config.sampler.max_new_tokens, config.setting.max_length
+    if new >= room:
+        raise UserError(f"sampler.max_new_tokens={new} leaves no room for a prompt: setting.max_length={room}")
+    for name, training in config.setting.training.items():
+        micro = config.hardware.micro_batch_size
+        if isinstance(training, TrainingConfig) and micro and training.batch_size % micro:
+            raise UserError(
+                f"hardware.micro_batch_size={micro} does not divide setting.training.{name}.batch_size={training.batch_size}"
+            )
+
+
+def default_run_dir(node: dict[str, Any]) -> str:
+    """``runs/<experiment>-<setting>-seed<seed>``, with ``-lora`` where an adapter is trained."""
+    name = node.get("setting", {}).get("name", "setting")
+    lora = "-lora" if node.get("lora") else ""
+    return str(Path("runs") / f"{node.get('experiment') or 'none'}-{name}{lora}-seed{node.get('seed')}")

@@ -1,0 +1,143 @@
+"""A small language with a known truth, so that every claim of the loop can be measured.
+
+A prompt asks for a text by six independent demands: its kind, topic, tone, addressee, number of
+sentences, and last word. Writers (the demonstrations, and the answers that people compare) honour
+each demand only with some probability. The **gold reward** of an answer is the share of the six
+demands that it honours, in [0, 1]. People's choices come from the gold reward through a
+Bradley-Terry coin, so they are noisy as people's are.
+
+Everything here is a pure function of a seed; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, fields
+
+KINDS = "poem letter story speech song riddle note prayer".split()
+TONES = "happy sad calm angry proud shy warm funny".split()
+ADDRESSEES = "mother friend teacher doctor king sister pilot baker".split()
+ENDINGS = "love hope joy peace luck care trust thanks".split()
+NUMBERS = "one two three".split()
+TOPICS = (
+    "river mountain garden winter moon bridge horse lantern forest harbour"
+    " kitchen train castle storm library candle violin window village mirror"
+).split()
+ADJECTIVES = "old young quiet bright dark small great green golden silver distant familiar".split()
+VERBS = "waits sleeps sings shines turns rests grows moves fades calls".split()
+TIMES = "morning evening night spring dusk silence rain snow".split()
+
+# Sentence shapes of the body; "@" is the topic. Each has some free words, so that answers differ.
+SENTENCES = (
+    "the @ {verb} in the {time}",
+    "i remember the {adjective} @",
+    "every {time} the @ {verb}",
+    "no one knows the {adjective} @ like we do",
+    "we walked to the @ in the {time}",
+    "the {adjective} @ is {adjective} and {adjective}",
+)
+
+CLAUSES = {
+    "topic": "about the {}",
+    "addressee": "to a dear {}",
+    "sentences": "in {} sentences",
+    "ending": "closing with {}",
+}
+OPENINGS = ("write a {tone} {kind}", "please give me a {tone} {kind}", "i need a {tone} {kind}")
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a prompt asks for. ``sentences`` is the number of sentences of the body, as a word."""
+
+    kind: str
+    topic: str
+    tone: str
+    addressee: str
+    sentences: str
+    ending: str
+
+
+DEMANDS = tuple(field.name for field in fields(Demands))
+CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, NUMBERS, ENDINGS), strict=True))
+
+
+def vocabulary() -> list[str]:
+    """Every word that a prompt or an answer of this language can contain, sorted, without repeats."""
+    words = {word for choices in CHOICES.values() for word in choices}
+    words |= set(ADJECTIVES) | set(VERBS) | set(TIMES) | {".", ",", "and", "dear", "here", "is", "a", "with"}
+    for text in (*SENTENCES, *CLAUSES.values(), *OPENINGS):
+        words |= {w for w in text.split() if w != "@" and not w.startswith("{")}
+    return sorted(words)
+
+
+def draw_demands(rng: random.Random) -> Demands:
+    """Six independent demands, uniformly."""
+    return Demands(**{name: rng.choice(CHOICES[name]) for name in DEMANDS})
+
+
+def prompt_text(demands: Demands, rng: random.Random) -> str:
+    """The instruction, its clauses in random order."""
+    opening = rng.choice(OPENINGS).format(tone=demands.tone, kind=demands.kind)
+    clauses = [shape.format(getattr(demands, name)) for name, shape in CLAUSES.items()]
+    rng.shuffle(clauses)
+    return " ".join([opening, *clauses])
+
+
+def write_answer(demands: Demands, honour: float, rng: random.Random) -> str:
+    """A writer's answer: each demand is honoured with probability ``honour``, else another value is taken."""
+    did = {}
+    for name in DEMANDS:
+        asked = getattr(demands, name)
+        others = [value for value in CHOICES[name] if value != asked]
+        did[name] = asked if rng.random() < honour else rng.choice(others)
+    return compose(Demands(**did), rng)
+
+
+def compose(demands: Demands, rng: random.Random) -> str:
+    """An answer that honours exactly ``demands``."""
+    body = []
+    for _ in range(NUMBERS.index(demands.sentences) + 1):
+        shape = rng.choice(SENTENCES)
+        words = [_fill(word, rng) for word in shape.split()]
+        body.append(" ".join(words).replace("@", demands.topic) + " .")
+    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} ."
+    return " ".join([head, *body, f"with {demands.ending} ."])
+
+
+def _fill(word: str, rng: random.Random) -> str:
+    choices = {"{verb}": VERBS, "{adjective}": ADJECTIVES, "{time}": TIMES}.get(word)
+    return rng.choice(choices) if choices else word
+
+
+def honoured(demands: Demands, answer: str) -> dict[str, bool]:
+    """Which demands an answer honours; any text can be given, also one that breaks the answer's form.
+
+    Head and ending are read from the first and last sentence, so that repeating every possible word
+    somewhere earns nothing. The topic is honoured when the body names it and no other topic.
+    """
+    sentences = [part.split() for part in answer.split(" .")]
+    complete = bool(sentences) and not sentences[-1]  # a text that stops in mid-sentence has no ending
+    sentences = [part for part in sentences if part]
+    head, body, last = (sentences[:1] or [[]])[0], sentences[1:-1], (sentences[1:] or [[]])[-1]
+    topics = {word for part in body for word in part if word in TOPICS}
+    return {
+        "kind": head[-1:] == [demands.kind],
+        "topic": topics == {demands.topic},
+        "tone": head[-2:-1] == [demands.tone],
+        "addressee": head[:3] == ["dear", demands.addressee, ","],
+        "sentences": len(body) == NUMBERS.index(demands.sentences) + 1,
+        "ending": complete and last == ["with", demands.ending],
+    }
+
+
+def gold_reward(demands: Demands, answer: str) -> float:
+    """The share of the six demands that the answer honours, in [0, 1]."""
+    return sum(honoured(demands, answer).values()) / len(DEMANDS)
+
+
+def prefers_first(gold_first: float, gold_second: float, sharpness: float, rng: random.Random) -> bool:
+    """One person's choice by Bradley and Terry (1952): P(first) = sigmoid(sharpness * demands' difference)."""
+    difference = (gold_first - gold_second) * len(DEMANDS)
+    return rng.random() < 1 / (1 + math.exp(-sharpness * difference))

@@ -1,0 +1,139 @@
+"""What every training shares: trainer arguments, deterministic logs, progress, the order of the examples."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from align_loop.stage import Progress, StageContext
+from align_loop.trainers.config import TrainingConfig, micro_batches
+from align_loop.trainers.optimizer import keep_master_weights
+
+# Measured times and rates: never in the log, so that the same inputs give the same file.
+UNLOGGED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+
+
+def trainer_arguments(
+    training: TrainingConfig, hardware: dict[str, Any], out: Path, seed: int, examples: int
+) -> dict[str, Any]:
+    """The keyword arguments of TRL's config classes that follow from our settings, for ``examples`` rows of data.
+
+    Weights, activations and saved files share one dtype (that of the loaded model), so the trainer's mixed
+    precision stays off. Nothing is reported, uploaded or saved by the trainer itself.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, accumulation = micro_batches(training.batch_size, hardware, world_size)
+    steps = math.ceil(math.ceil(examples / training.batch_size) * training.epochs)
+    on_cpu = (hardware.get("device") or "cpu") == "cpu"
+    return {
+        "output_dir": str(out / "trainer"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": training.epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        # A fraction of the steps when below 1. The first step of a warm-up has learning rate 0, so a training of a
+        # single step would train nothing.
+        "warmup_steps": training.warmup_ratio if steps > 1 else 0,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": "adamw_torch",
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": bool(hardware.get("gradient_checkpointing", False)),
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide a diverged training: StageReport stops it instead
+        "save_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "max_length": None,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": not on_cpu,
+    }
+
+
+def set_threads(hardware: dict[str, Any]) -> None:
+    """Use ``hardware['threads']`` processor threads where it is set."""
+    if threads := hardware.get("threads"):
+        torch.set_num_threads(int(threads))
+
+
+class EpochSampler(Sampler[int]):
+    """A fresh permutation of ``size`` examples in each epoch, from (seed, epoch) alone.
+
+    The order is a function of nothing else, so a resumed run and any number of processes see the same global
+    batches. ``multiple``: the length is filled up to a multiple of it with the index ``size``, which stands
+    for padding; without that, data-parallel loaders would silently repeat examples in the last batch.
+    """
+
+    def __init__(self, size: int, seed: int, multiple: int = 1) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.padding = -size % multiple
+
+    def __len__(self) -> int:
+        return self.size + self.padding
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+        yield from [self.size] * self.padding
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation of the next pass."""
+        self.epoch = epoch
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins; wrapped samplers are not told by the trainer's own loader."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        steps_per_epoch = math.ceil(len(self.sampler) / (args.train_batch_size * args.world_size))
+        updates_per_epoch = max(math.ceil(steps_per_epoch / args.gradient_accumulation_steps), 1)
+        self.sampler.set_epoch(state.global_step // updates_per_epoch)
+
+
+class StageReport(TrainerCallback):
+    """Passes the trainer's metrics and its progress on to the stage."""
+
+    def __init__(self, context: StageContext, progress: Progress, per_step: int) -> None:
+        self.context, self.progress, self.per_step = context, progress, per_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        metrics = {name: value for name, value in logs.items() if name not in UNLOGGED}
+        if "loss" not in metrics:  # the summary at the end of training
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise RuntimeError(
+                    f"{self.context.name}: {name} is {metrics[name]} at step {state.global_step}: the training has "
+                    f"diverged (learning rate {args.learning_rate:g}, batch_size {self.per_step})"
+                )
+        if state.is_world_process_zero:
+            self.context.log({**metrics, "step": state.global_step})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        left = max(self.progress.total - self.progress.done, 0)
+        self.progress.update(min(self.per_step, left))
+
+
+def attach(trainer: Trainer, context: StageContext, progress: Progress, batch_size: int) -> None:
+    """Make ``trainer`` report to the stage and to nothing else, and train bfloat16 weights through master copies."""
+    keep_master_weights(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StageReport(context, progress, batch_size))

@@ -1,0 +1,65 @@
+"""The training stages: from tables and checkpoints to a new checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from align_loop.engines.base import release_engines
+from align_loop.parts import build, part
+from align_loop.record import read_rows
+from align_loop.render import Renderer
+from align_loop.stage import StageContext
+from align_loop.trainers.config import LoraConfig, TrainingConfig
+
+TOO_LONG = "demonstration too long for the model"
+
+
+def sft(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
+    """``config`` {training, lora, dtype, max_length, seed}; inputs ``model``, ``demonstrations``; writes ``model/``."""
+    from align_loop.trainers.sft import train_sft
+
+    renderer = Renderer(inputs["model"])
+    rows = read_rows(inputs["demonstrations"])
+    rendered = [(renderer.prompt_ids(row["messages"]), renderer.answer_ids(row["answer"])) for row in rows]
+    fitting = [(p, a) for p, a in rendered if len(p) + len(a) <= config["max_length"]]
+    context.rows("rendered", into=len(rows), out=len(fitting), dropped={TOO_LONG: len(rows) - len(fitting)})
+    train_sft(
+        model_dir=inputs["model"],
+        demonstrations=fitting,
+        out=context.out,
+        **_common(config, context),
+    )
+
+
+def pairs(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
+    """``config`` {training, objective, noise, iteration, lora, dtype, seed}; writes ``model/`` and ``flags.parquet``.
+
+    Inputs: the model folders ``policy`` and ``reference``, the stage ``pairs`` and, with LoRA, ``base`` (the SFT model
+    that the adapter sits on) and, after the first round, ``adapter``.
+    """
+    from align_loop.trainers.pairs import train_pairs
+
+    train_pairs(
+        policy_dir=inputs["policy"],
+        reference_dir=inputs["reference"],
+        base_dir=inputs.get("base"),
+        adapter_dir=inputs.get("adapter"),
+        examples=read_rows(inputs["pairs"] / "examples.parquet"),
+        out=context.out,
+        objective=part(config["objective"], "objective"),
+        noise=part(config["noise"], "noise") if config["noise"] else None,
+        iteration=config["iteration"],
+        **_common(config, context),
+    )
+
+
+def _common(config: dict[str, Any], context: StageContext) -> dict[str, Any]:
+    release_engines()  # a sampler of an earlier stage must not hold memory beside a training
+    return {
+        "training": build(TrainingConfig, config["training"], "training"),
+        "lora": build(LoraConfig, config["lora"], "lora") if config["lora"] else None,
+        "seed": config["seed"],
+        "hardware": {**context.hardware, "dtype": config["dtype"]},
+        "context": context,
+    }

@@ -1,0 +1,110 @@
+"""Small trainings for the trainer tests: made-up pairs, a context, one call that trains and returns what it wrote."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tiny import EOS_ID
+
+from align_loop.objectives.noise import NoiseHandling
+from align_loop.objectives.pair import PairObjective
+from align_loop.stage import StageContext
+from align_loop.trainers.config import TrainingConfig
+from align_loop.trainers.models import load_tokenizer
+from align_loop.trainers.pair_trainer import PairTrainer
+from align_loop.trainers.pairs import _start, build_trainer, train_pairs
+
+CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
+TRAINING = TrainingConfig(learning_rate=2e-3, epochs=1, batch_size=8)
+
+
+def some_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """``count`` rows of the record with random words; lengths vary, so that batches have padding."""
+    source = random.Random(seed)
+
+    def words(low: int, high: int) -> list[int]:
+        return [source.randrange(7, 64) for _ in range(source.randint(low, high))]
+
+    return [
+        {
+            "example_id": f"e{number:03d}",
+            "prompt_ids": [1, *words(2, 8)],
+            "chosen_ids": [*words(1, 9), EOS_ID],
+            "rejected_ids": [*words(1, 9), EOS_ID],
+            "q": 1.0,
+            "m": 0.0,
+            "w": 1.0,
+            "beta": None,
+        }
+        for number in range(count)
+    ]
+
+
+def context_for(out: Path) -> StageContext:
+    out.mkdir(parents=True, exist_ok=True)
+    return StageContext("train", out, quiet=True)
+
+
+def train(out: Path, policy: Path, examples: list[dict[str, Any]], micro: int = 8, **changes: Any) -> StageContext:
+    """``train_pairs`` with the defaults of these tests; ``changes`` override its arguments."""
+    context = context_for(out)
+    arguments = {
+        "policy_dir": policy,
+        "reference_dir": policy,
+        "examples": examples,
+        "out": out,
+        "objective": PairObjective(),
+        "noise": None,
+        "iteration": 1,
+        "training": TRAINING,
+        "lora": None,
+        "adapter_dir": None,
+        "seed": 5,
+        "hardware": {**CPU, "micro_batch_size": micro},
+        "context": context,
+    }
+    train_pairs(**{**arguments, **changes})
+    return context
+
+
+def trainer_for(
+    out: Path,
+    policy: Path,
+    reference: Path,
+    examples: list[dict[str, Any]],
+    noise: NoiseHandling | None = None,
+    micro: int = 8,
+    training: TrainingConfig = TRAINING,
+    **overrides: Any,
+) -> PairTrainer:
+    """The trainer that ``train_pairs`` would use, not yet run."""
+    hardware = {**CPU, "micro_batch_size": micro}
+    return build_trainer(
+        start=_start(policy, reference, None, None, None, 5, hardware),
+        tokenizer=load_tokenizer(policy),
+        examples=examples,
+        out=out,
+        objective=PairObjective(),
+        noise=noise,
+        iteration=1,
+        training=training,
+        seed=5,
+        hardware=hardware,
+        **overrides,
+    )
+
+
+def weights(directory: Path) -> torch.Tensor:
+    """All weights of a saved model as one float64 vector."""
+    tensors = load_file(directory / "model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def change(start: Path, one: Path, other: Path) -> float:
+    """How differently two trainings moved the same start: ``|w - w'| / |w' - w0|``."""
+    w0, w, w1 = weights(start), weights(one), weights(other)
+    return ((w - w1).norm() / (w1 - w0).norm()).item()
