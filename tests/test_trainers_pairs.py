@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,12 @@ def test_a_resumed_training_has_the_same_weights_and_flags_to_the_bit(tmp_path, 
     assert resumed.flags.rows == whole.flags.rows and len(whole.flags.rows) == 40
 
 
+def test_a_training_of_one_step_trains(tmp_path, policy) -> None:
+    """The first step of a warm-up has learning rate 0."""
+    train(tmp_path, policy, some_pairs(8))
+    assert not torch.equal(weights(tmp_path / "model"), weights(policy))
+
+
 def test_margins_are_0_at_the_first_step_and_the_fact_is_kept(tmp_path, policy) -> None:
     context = train(tmp_path, policy, some_pairs(8))
     assert context.report["facts"]["step0_margin"] == 0.0
@@ -268,6 +275,25 @@ def test_a_diverged_training_stops_and_says_so(tmp_path, policy) -> None:
     training = TrainingConfig(learning_rate=1e30, epochs=4, batch_size=8, warmup_ratio=0.0)
     with pytest.raises(RuntimeError, match="diverged"):
         train(tmp_path, policy, some_pairs(8), training=training)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, policy) -> None:
+    noise, hardware = NoiseHandling(warmup=0.0), {**CPU, "micro_batch_size": 4, "gradient_checkpointing": True}
+    train(tmp_path / "plain", policy, some_pairs(16), micro=4, noise=noise)
+    train(tmp_path / "checkpointed", policy, some_pairs(16), noise=noise, hardware=hardware)
+    assert change(policy, tmp_path / "checkpointed" / "model", tmp_path / "plain" / "model") <= 1e-5
+
+
+def test_deepspeed_does_not_round_the_record_to_its_dtype(tmp_path, policy, monkeypatch) -> None:
+    """The trainer's base class casts float inputs under DeepSpeed; stands in for it with the flag and the plugin."""
+    trainer = trainer_for(tmp_path, policy, policy, [{**row, "m": 0.123456} for row in some_pairs(8)])
+    batch = {**next(iter(trainer.get_train_dataloader())), "reference_logprobs": torch.ones(16)}
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    batch = trainer._prepare_inputs(batch)
+    assert batch["m"].tolist() == pytest.approx([0.123456] * 8, rel=1e-6)
+    assert {batch[name].dtype for name in ("q", "m", "w", "beta", "reference_logprobs")} == {torch.float32}
 
 
 def test_no_pairs_empty_answers_and_long_answers_are_the_users_to_mend(tmp_path, policy) -> None:

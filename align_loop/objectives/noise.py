@@ -141,7 +141,7 @@ class BatchRankDetector:
         """
         self.seen += len(margins)
         count = min(max(round(self.share * self.seen) - self.flagged, 0), len(margins))
-        order = sorted(range(len(margins)), key=lambda i: (round(margins[i], TIE_DIGITS), ids[i]))
+        order = sorted(range(len(margins)), key=lambda i: (margins[i], ids[i]))
         chosen = set(order[:count])
         self.flagged += count
         if count:

@@ -60,6 +60,7 @@ def trainer_arguments(
         "disable_tqdm": True,
         "max_length": None,
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": not on_cpu,
     }
@@ -125,7 +126,9 @@ class StageReport(TrainerCallback):
                     f"diverged (learning rate {args.learning_rate:g}, batch_size {self.per_step})"
                 )
         if state.is_world_process_zero:
-            self.context.log({**metrics, "step": state.global_step})
+            # The trainer's own epoch counts micro-batches; the log shall not depend on how batches are divided.
+            epoch = round(args.num_train_epochs * state.global_step / state.max_steps, 6)
+            self.context.log({**metrics, "step": state.global_step, "epoch": epoch})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         left = max(self.progress.total - self.progress.done, 0)

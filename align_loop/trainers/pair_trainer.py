@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from trl.trainer.utils import use_adapter
 from align_loop.objectives.noise import NoiseHandling, extrapolated_logprobs, shape_flagged, token_logprobs
 from align_loop.objectives.pair import pair_logits, pair_loss, summed_logprobs
 from align_loop.trainers.common import EpochOrder, EpochSampler
+from align_loop.trainers.lora import REFERENCE_ADAPTER
+from align_loop.trainers.models import pad_id
 from align_loop.trainers.noise_flags import NoiseFlags
 from align_loop.trainers.pair_data import PairCollator
 
@@ -57,9 +60,7 @@ class PairTrainer(DPOTrainer):
     ) -> None:
         self.sampler, self.noise, self.lam, self.check_start = sampler, noise, lam, check_start
         self.seen: list[Tensor] = []
-        tokenizer = arguments["processing_class"]
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        super().__init__(data_collator=PairCollator(pad_id), **arguments)
+        super().__init__(data_collator=PairCollator(pad_id(arguments["processing_class"])), **arguments)
         enabled = noise is not None and noise.enabled
         self.flags = NoiseFlags(noise, ids, self.accelerator.gather) if enabled else None
         self.add_callback(EpochOrder(sampler))
@@ -137,7 +138,7 @@ class PairTrainer(DPOTrainer):
         if self.ref_model is not None:
             return self._score(self.ref_model, batch, logits)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        frozen = "ref" if "ref" in unwrapped.peft_config else None
+        frozen = REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None
         with self._without_checkpointing(), use_adapter(unwrapped, frozen):
             return self._score(self.model, batch, logits)
 
@@ -219,6 +220,15 @@ class PairTrainer(DPOTrainer):
         return metrics
 
     # Checkpoints.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in TRL, without the frozen adapter, which is rebuilt at the start of each run.
+
+        With a folder of its own in the checkpoint, ``transformers`` would load that one alone when resuming, and the
+        trained adapter would silently begin anew.
+        """
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE_ADAPTER, ignore_errors=True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> Any:
         """As in TRL; a resumed run also takes up the noise detector where the checkpoint left it."""
