@@ -140,7 +140,11 @@ def steps(config: Config) -> list[Step]:
     """The schedule unrolled: the steps before the loop, then ``iteration-1``, ``iteration-2``, ..."""
     before = [s for s in config.schedule.before if s.data != "demonstrations" or config.trains_sft]
     one = config.schedule.iteration
-    loop = [Step(f"{one.name}-{i}", one.data, one.training, one.noise) for i in range(1, config.loop.iterations + 1)] if one else []
+    loop = (
+        [Step(f"{one.name}-{i}", one.data, one.training, one.noise) for i in range(1, config.loop.iterations + 1)]
+        if one
+        else []
+    )
     return [*before, *loop]
 
 
@@ -190,7 +194,8 @@ def _check_lengths(config: Config) -> None:
         micro = config.hardware.micro_batch_size
         if isinstance(training, TrainingConfig) and micro and training.batch_size % micro:
             raise UserError(
-                f"hardware.micro_batch_size={micro} does not divide setting.training.{name}.batch_size={training.batch_size}"
+                f"hardware.micro_batch_size={micro} does not divide "
+                f"setting.training.{name}.batch_size={training.batch_size}"
             )
 
 

@@ -17,8 +17,8 @@ from align_loop.evaluators.drift import DriftGuard
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
 from align_loop.parts import node_of, plain
-from align_loop.templates import template_text
 from align_loop.store import Artifact, Stage, Store, read_manifest
+from align_loop.templates import template_text
 
 ENGINES = ("align_loop.engines.vllm:start", "align_loop.engines.hf:start")
 
@@ -50,7 +50,7 @@ class Run:
     runs nothing (``store.dry_run``) the walk only plans.
     """
 
-    def __init__(self, config: Config, store: Store, engine: str, on_policy_done: Callable[["Run"], None] | None = None):
+    def __init__(self, config: Config, store: Store, engine: str, on_policy_done: Callable[[Run], None] | None = None):
         self.config, self.store, self.engine = config, store, engine
         self.on_policy_done = on_policy_done
         self.policies: list[Policy] = []
@@ -104,9 +104,13 @@ class Run:
             if start.adapter is not None:
                 inputs["adapter"] = start.adapter
         settings = {"objective": node_of(self.config.objective), "noise": noise, "iteration": iteration}
-        trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:pairs", self._training(step) | settings, inputs)
+        trained = self._stage(
+            f"{step.name}/train", "align_loop.trainers.stage:pairs", self._training(step) | settings, inputs
+        )
         adapter = self.store.part(trained, "adapter") if self.config.lora else None
-        return self._policy(step.name, iteration, self.store.part(trained, "model"), adapter, {**tables, "train": trained})
+        return self._policy(
+            step.name, iteration, self.store.part(trained, "model"), adapter, {**tables, "train": trained}
+        )
 
     def _train_sft(self, step: Step, start: Policy) -> Policy:
         config = self._training(step) | {"max_length": self.config.setting.max_length}
@@ -174,7 +178,9 @@ class Run:
         config = {"evaluator": node_of(self.config.evaluator), "dtype": setting.dtype}
         parts = [config["evaluator"]["_target_"]]
         name = f"{policy.name}/evaluate"
-        policy.evaluation = self._stage(name, "align_loop.evaluators.policy:evaluate", config, inputs, parts=parts, last=True)
+        policy.evaluation = self._stage(
+            name, "align_loop.evaluators.policy:evaluate", config, inputs, parts=parts, last=True
+        )
         policy.stages, self._made = self._made, []
         self.policies.append(policy)
         if not self.store.dry_run:
@@ -226,17 +232,28 @@ class Run:
     def _start(self) -> Artifact:
         """The model that the run starts from."""
         start = self.config.setting.start(self.config.seed)
-        model = self.store.source(start) if isinstance(start, str) else self.store.part(self._source("start", start), "model")
+        model = (
+            self.store.source(start)
+            if isinstance(start, str)
+            else self.store.part(self._source("start", start), "model")
+        )
         if self.config.setting.chat_template is None:
             return model
         config = {"template": template_text(self.config.setting.chat_template)}
         adopted = self._stage("template", "align_loop.templates:adopt", config, {"model": model})
         return self.store.part(adopted, "model")
 
-    def _sample(self, name: str, model: Artifact, prompts: Artifact, iteration: int, change: dict[str, Any]) -> Artifact:
+    def _sample(
+        self, name: str, model: Artifact, prompts: Artifact, iteration: int, change: dict[str, Any]
+    ) -> Artifact:
         sampler = node_of(self.config.sampler) | {"engine": self.engine} | change
         setting = self.config.setting
-        run = {"seed": self.config.seed, "iteration": iteration, "dtype": setting.dtype, "max_length": setting.max_length}
+        run = {
+            "seed": self.config.seed,
+            "iteration": iteration,
+            "dtype": setting.dtype,
+            "max_length": setting.max_length,
+        }
         parts = [sampler["_target_"], ENGINES[self.engine == "hf"]]
         config, inputs = {"sampler": sampler, "run": run}, {"prompts": prompts, "policy": model}
         return self._stage(name, "align_loop.samplers.policy:sample", config, inputs, parts=parts)

@@ -24,7 +24,7 @@ _STRICT_ENOUGH = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"did you mean ...?" for a misspelt name, or the list of what is known."""
+    """ "did you mean ...?" for a misspelt name, or the list of what is known."""
     known = sorted(str(k) for k in known)
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

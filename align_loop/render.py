@@ -43,12 +43,12 @@ class Renderer:
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins; exactly one BOS, if any."""
         try:
-            return list(
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            )
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # templates raise what they like, for roles or orders that they don't take
             roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the chat template of {self.folder} refuses a prompt with roles ({roles}): {error}") from None
+            raise UserError(
+                f"the chat template of {self.folder} refuses a prompt with roles ({roles}): {error}"
+            ) from None
 
     def answer_ids(self, text: str) -> list[int]:
         """The ids of a person's answer, ended by the end-of-sequence token."""

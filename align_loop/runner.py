@@ -48,7 +48,10 @@ def run(config: Config, node: dict[str, Any]) -> Run:
             tracking={"target": "align_loop.tracking.wandb:stage_sink", "settings": tracking.to_dict()},
         )
         _write_config(run_dir, node)
-        print(f"{config.experiment} · setting {config.setting.name} · seed {config.seed} · {engine} on {hardware['device']} · {run_dir}")
+        print(
+            f"{config.experiment} · setting {config.setting.name} · seed {config.seed} · "
+            f"{engine} on {hardware['device']} · {run_dir}"
+        )
         walk = Run(config, store, engine, on_policy_done=lambda walk: _publish(walk, node, tracking))
         walk.walk()
         _replay(walk, store, tracking)
@@ -83,14 +86,18 @@ def resolve_hardware(hardware: Hardware) -> dict[str, Any]:
 
 
 def resolve_engine(config: Config, device: str, run_dir: Path, remember: bool = True) -> str:
-    """"vllm" or "hf" for ``sampler.engine``; said once, and remembered beside the library versions it was decided with.
+    """vLLM or transformers ("hf") for ``sampler.engine``; remembered beside the library versions it was decided with.
 
     Trying takes seconds (vLLM is imported), and a run in which nothing is left to do shall take none.
     """
     from align_loop.provenance import versions
 
     wanted = getattr(config.sampler, "engine", "auto")
-    basis = {"wanted": wanted, "device": device, "versions": {k: versions().get(k) for k in ("vllm", "torch", "transformers")}}
+    basis = {
+        "wanted": wanted,
+        "device": device,
+        "versions": {k: versions().get(k) for k in ("vllm", "torch", "transformers")},
+    }
     file = run_dir / CHOICES
     if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))).get("basis") == basis:
         return known["engine"]
@@ -120,7 +127,9 @@ def _owner(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"run_dir={run_dir}: another process is working on it; wait for it, or choose another run_dir") from None
+        raise UserError(
+            f"run_dir={run_dir}: another process is working on it; wait for it, or choose another run_dir"
+        ) from None
     try:
         yield
     finally:
@@ -147,7 +156,9 @@ def _publish(walk: Run, node: dict[str, Any], tracking: Tracking) -> None:
     tracking.policies(rows, node)
     row = rows[-1]
     shown = [f"{label} {row[key]:.3f}" for label, key in SHOWN if row[key] is not None]
-    print(f"  = {row['policy']}: " + ", ".join(shown) + (f"  ! drift: {row['drift']}" if row["drift"] else ""), flush=True)
+    print(
+        f"  = {row['policy']}: " + ", ".join(shown) + (f"  ! drift: {row['drift']}" if row["drift"] else ""), flush=True
+    )
 
 
 SHOWN = (
@@ -190,7 +201,9 @@ def _finish(walk: Run, node: dict[str, Any], store: Store) -> None:
     for name, stage in _stages(walk):
         manifest = read_manifest(stage.path)
         status = "ran" if name in ran else "cached"
-        stages.append({"name": name, "status": status, **{k: manifest[k] for k in ("seconds", "rows", "tokens", "facts")}})
+        stages.append(
+            {"name": name, "status": status, **{k: manifest[k] for k in ("seconds", "rows", "tokens", "facts")}}
+        )
     summary = {
         "experiment": walk.config.experiment,
         "setting": walk.config.setting.name,
@@ -214,7 +227,12 @@ def _index(walk: Run) -> dict[str, Any]:
         return str(stage.path / file) if stage is not None else None
 
     policies = [
-        {"policy": p.name, "iteration": p.iteration, "answers": path(p.answers, "answers.parquet"), "gold": path(p.gold, "gold.parquet")}
+        {
+            "policy": p.name,
+            "iteration": p.iteration,
+            "answers": path(p.answers, "answers.parquet"),
+            "gold": path(p.gold, "gold.parquet"),
+        }
         for p in walk.policies
     ]
     rounds = [
@@ -235,7 +253,7 @@ def _index(walk: Run) -> dict[str, Any]:
 
 
 def _write_final(policy: Policy, run_dir: Path) -> str:
-    """``final/``: a copy of the policy's folder (and its adapter), replaced only when it differs; returns its digest."""
+    """``final/``: a copy of the policy's folder (and adapter), replaced only when it differs; returns its digest."""
     final, marker = run_dir / "final", run_dir / ".final.json"
     digest = f"{policy.model.digest} {policy.adapter.digest if policy.adapter else ''}".strip()
     if final.is_dir() and marker.is_file() and json.loads(marker.read_text())["digest"] == digest:
@@ -257,7 +275,10 @@ def _write_final(policy: Policy, run_dir: Path) -> str:
 def _print_event(event: Event) -> None:
     """One line for each stage that runs or is waited for; cached stages are counted at the end."""
     if event.kind == "running":
-        print(f"  > {event.stage} ...", file=sys.stderr, flush=True) if event.reason not in ("", "not made yet") else None
+        print(f"  > {event.stage} ...", file=sys.stderr, flush=True) if event.reason not in (
+            "",
+            "not made yet",
+        ) else None
     elif event.kind == "waiting":
         print(f"  . {event.stage}: {event.reason}", flush=True)
     elif event.kind == "ran":
@@ -276,7 +297,9 @@ def _print_end(walk: Run, store: Store, seconds: float) -> None:
         rows = [p.row for p in walk.policies]
         print("\n" + closing_table(rows))
         print("\n" + verdict(rows, json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))))
-    done = "nothing to run: every stage was made before" if not ran else f"{ran} stages run, {cached} taken from the store"
+    done = (
+        "nothing to run: every stage was made before" if not ran else f"{ran} stages run, {cached} taken from the store"
+    )
     print(f"{done}; {seconds:.0f} s")
     if walk.config.loop.until is not None:
         print(f"stopped after {walk.config.loop.until} (loop.until); leave it out to go on")

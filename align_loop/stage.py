@@ -60,7 +60,7 @@ class StageContext:
         if self.log_sink is not None:
             self.log_sink(metrics)
 
-    def progress(self, total: int, unit: str) -> "Progress":
+    def progress(self, total: int, unit: str) -> Progress:
         """A progress line for ``total`` units of work, with rate and time left."""
         return Progress(self.name, total, unit, quiet=self.quiet)
 
@@ -78,7 +78,7 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.last_print = self.started
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         return self
 
     def update(self, count: int = 1) -> None:

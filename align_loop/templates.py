@@ -15,7 +15,8 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     ),
     "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }
@@ -31,7 +32,11 @@ def adopt(config: dict[str, Any], inputs: dict[str, Path], context: StageContext
     out = context.out / "model"
     out.mkdir()
     for file in sorted(inputs["model"].iterdir()):
-        if file.suffix == ".safetensors" or file.name in ("config.json", "generation_config.json") or file.name.endswith("index.json"):
+        if (
+            file.suffix == ".safetensors"
+            or file.name in ("config.json", "generation_config.json")
+            or file.name.endswith("index.json")
+        ):
             (out / file.name).symlink_to(file.resolve())
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True, trust_remote_code=False)
     tokenizer.chat_template = config["template"]

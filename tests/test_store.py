@@ -43,7 +43,8 @@ def make(config, inputs, context):
     context.fact("engine", "none")
 
 def read(path):
-    return path.read_text() if path.is_file() else (path / "data.txt").read_text() if (path / "data.txt").exists() else ""
+    file = path if path.is_file() else path / "data.txt"
+    return file.read_text() if file.exists() else ""
 
 def length(config, inputs, context):
     (context.out / "data.txt").write_text(str(len(read(inputs["data"]))))

@@ -16,7 +16,10 @@ GOLD = pa.schema([("sample_id", pa.string()), ("prompt_id", pa.string()), ("gold
 
 
 def annotate(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
-    """``config`` {annotator, dtype}; inputs ``answers`` (stage output) and the annotator's models; writes ``scores.parquet``."""
+    """The stage: writes ``scores.parquet``.
+
+    ``config`` {annotator, dtype}; inputs: the stage ``answers`` and the annotator's models.
+    """
     answers = read_rows(inputs["answers"] / "answers.parquet")
     models = {name: path for name, path in inputs.items() if name != "answers"}
     rows = part(config["annotator"], "annotator").annotate(answers, models, config["dtype"], context)

@@ -33,7 +33,7 @@ def on_policy(config: dict[str, Any], inputs: dict[str, Path], context: StageCon
 
 
 def labelled(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
-    """``config`` {shapers}; inputs ``preferences`` (a table) and ``tokenizer`` (a model); writes as ``on_policy`` does."""
+    """``config`` {shapers}; inputs ``preferences`` (a table), ``tokenizer`` (a model); writes as ``on_policy`` does."""
     preferences = read_rows(inputs["preferences"])
     _shape_and_write(from_preferences(preferences, Renderer(inputs["tokenizer"])), config["shapers"], context)
 

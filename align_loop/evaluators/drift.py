@@ -15,7 +15,11 @@ from align_loop.evaluators.statistics import Z95_ONE_SIDED, paired_upper_bound, 
 
 @dataclass(frozen=True)
 class DriftGuard:
-    """``margin``: how much judge accuracy may fall; ``most_cut``: share of answers cut; ``least_distinct``: of the start's."""
+    """When the guard trips.
+
+    ``margin``: how much judge accuracy may fall; ``most_cut``: share of answers cut at the limit;
+    ``least_distinct``: what has to be left of the start's distinct-2.
+    """
 
     margin: float = 0.05
     most_cut: float = 0.5
@@ -36,10 +40,12 @@ class DriftGuard:
         bound = paired_upper_bound([before[i] for i in ids], [now[i] for i in ids])
         if bound < -self.margin:
             fall = sum(before[i] for i in ids) / len(ids), right / len(ids)
-            return f"judge accuracy on held-out labels fell from {fall[0]:.2f} to {fall[1]:.2f} (at most {bound:+.2f}, 95 %)"
+            change = f"fell from {fall[0]:.2f} to {fall[1]:.2f}"
+            return f"judge accuracy on held-out labels {change} (95 % bound of the change: {bound:+.2f})"
         high = wilson_interval(round(right), len(ids), Z95_ONE_SIDED)[1]
         if high < 0.5:
-            return f"judge accuracy on held-out labels is {right / len(ids):.2f}, worse than a coin (at most {high:.2f}, 95 %)"
+            share = right / len(ids)
+            return f"judge accuracy on held-out labels is {share:.2f}, worse than a coin (95 % bound: {high:.2f})"
         return None
 
     def _answers(self, baseline: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -19,14 +19,18 @@ def measure_pairs(pairs: Path, train: Path | None) -> dict[str, Any]:
         "pairs": len(examples),
         "label_accuracy": label_accuracy(examples),
         "filter_dropped": reasons,
-        "filter_precision": precision_recall({r["example_id"] for r in dropped}, wrong_labels(dropped))[0] if _gold_known(dropped) else None,
+        "filter_precision": precision_recall({r["example_id"] for r in dropped}, wrong_labels(dropped))[0]
+        if _gold_known(dropped)
+        else None,
     }
     return metrics | (measure_flags(examples, read_rows(train / "flags.parquet")) if train else {})
 
 
 def label_accuracy(examples: list[Row]) -> float | None:
     """The share of pairs with different gold whose chosen answer is the better one; None without any."""
-    decided = [r["gold_chosen"] > r["gold_rejected"] for r in examples if _gold(r) and r["gold_chosen"] != r["gold_rejected"]]
+    decided = [
+        r["gold_chosen"] > r["gold_rejected"] for r in examples if _gold(r) and r["gold_chosen"] != r["gold_rejected"]
+    ]
     return sum(decided) / len(decided) if decided else None
 
 
@@ -40,7 +44,9 @@ def measure_flags(examples: list[Row], flags: list[Row]) -> dict[str, Any]:
     active = [f for f in flags if f["alpha_active"]]
     marked = {f["example_id"] for f in active if f["flagged"]}
     seen = {f["example_id"] for f in active}
-    precision, recall = precision_recall(marked, wrong_labels(examples) & seen) if _gold_known(examples) else (None, None)
+    precision, recall = (
+        precision_recall(marked, wrong_labels(examples) & seen) if _gold_known(examples) else (None, None)
+    )
     share = sum(f["flagged"] for f in active) / len(active) if active else None
     return {"flag_share": share, "flag_precision": precision, "flag_recall": recall}
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from align_loop.durable import write_json
-from align_loop.evaluators.statistics import distinct_n, mean_interval, win_rate, wilson_interval
+from align_loop.evaluators.statistics import distinct_n, mean_interval, wilson_interval, win_rate
 from align_loop.parts import part
 from align_loop.record import Row, read_rows
 from align_loop.render import Renderer
@@ -34,7 +34,10 @@ def evaluate(config: dict[str, Any], inputs: dict[str, Path], context: StageCont
     heldout = read_rows(inputs["heldout"])
     sequences = [(row["prompt_token_ids"], row["token_ids"]) for row in answers] + _sides(heldout, inputs["initial"])
     with context.progress(2 * len(sequences), "answers") as progress:
-        logps = {name: _score(inputs[name], sequences, config["dtype"], context, progress.update) for name in ("policy", "initial")}
+        logps = {
+            name: _score(inputs[name], sequences, config["dtype"], context, progress.update)
+            for name in ("policy", "initial")
+        }
     gold = {name: _gold(inputs[name]) for name in ("gold", "gold_initial", "gold_previous") if name in inputs}
     context.rows("answers", into=len(answers), out=len(answers))
     context.rows("held-out labels", into=len(heldout), out=len(heldout))

@@ -102,7 +102,7 @@ def extrapolated_logprobs(logits_policy: Tensor, logits_reference: Tensor, lam: 
 
     def rows_of(rows: Tensor, columns: Tensor) -> Tensor:
         mixed = (1.0 + lam) * logits_policy[rows, columns].float()
-        return mixed.sub_(logits_reference[rows, columns].float(), alpha=lam) if lam else mixed
+        return mixed.sub_(logits_reference[rows, columns].float(), alpha=lam*lam) if lam else mixed
 
     return _gather_chunked(rows_of, labels, logits_policy.shape[-1])
 
@@ -141,7 +141,7 @@ class BatchRankDetector:
         """
         self.seen += len(margins)
         count = min(max(round(self.share * self.seen) - self.flagged, 0), len(margins))
-        order = sorted(range(len(margins)), key=lambda i: (margins[i], ids[i]))
+        order = sorted(range(len(margins)), key=lambda i: (round(margins[i], TIE_DIGITS), ids[i]))
         chosen = set(order[:count])
         self.flagged += count
         if count:

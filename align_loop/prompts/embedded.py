@@ -23,7 +23,9 @@ def prepare(config: dict[str, Any], inputs: dict[str, Path], context: StageConte
     """
     rng = random.Random(f"embedded-{config['seed']}")
     seen: set[str] = set()
-    demonstrations = [_demonstration(_prompt(rng, seen), config["honour"], rng) for _ in range(config["demonstrations"])]
+    demonstrations = [
+        _demonstration(_prompt(rng, seen), config["honour"], rng) for _ in range(config["demonstrations"])
+    ]
     pairs = [_pair(_prompt(rng, seen), config, rng) for _ in range(config["pairs"])]
     evaluation = [_prompt(rng, seen) for _ in range(config["eval_prompts"])]
     labelled, unlabelled = pairs[: config["labelled"]], pairs[config["labelled"] :]
@@ -117,6 +119,6 @@ def _agreement(pairs: list[Row]) -> float:
 def _summary(config: dict[str, Any], heldout: int, agreement: float) -> str:
     share = config["labelled"] / config["pairs"]
     return (
-        f"{config['labelled']} labelled pairs of {config['pairs']:,} ({share:.1%}; {heldout} of them held out), the coin "
-        f"agrees with gold in {agreement:.0%}; {config['demonstrations']:,} demonstrations"
+        f"{config['labelled']} labelled pairs of {config['pairs']:,} ({share:.1%}; {heldout} of them held out), "
+        f"the coin agrees with gold in {agreement:.0%}; {config['demonstrations']:,} demonstrations"
     )

@@ -178,9 +178,14 @@ class HubSetting(Setting):
         from huggingface_hub import snapshot_download  # only where a hub model is named
 
         try:
-            return snapshot_download(self.model, revision=self.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+            return snapshot_download(
+                self.model,
+                revision=self.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"setting.model={self.model} at setting.revision={self.revision} can't be had ({str(error).splitlines()[0]}); "
+                f"setting.model={self.model} at setting.revision={self.revision} can't be had "
+                f"({str(error).splitlines()[0]}); "
                 "download it once where there is a network, or set setting.model to a folder"
             ) from None

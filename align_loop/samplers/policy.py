@@ -44,9 +44,11 @@ class PolicySampler:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampler.top_p={self.top_p} must be in (0, 1]")
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"sampler.temperature=0 gives the same answer sampler.n={self.n} times: raise it or set n=1")
+            raise ValueError(
+                f"sampler.temperature=0 gives the same answer sampler.n={self.n} times: raise it or set n=1"
+            )
 
-    def sample(self, prompts: list[Row], policy: Path, run: "Run", context: StageContext) -> list[Row]:
+    def sample(self, prompts: list[Row], policy: Path, run: Run, context: StageContext) -> list[Row]:
         """Rows of ``record.ANSWERS``: ``n`` for each prompt that fits, in order of prompt id."""
         renderer = Renderer(policy)
         rendered = {row["prompt_id"]: renderer.prompt_ids(row["messages"]) for row in prompts}
