@@ -27,6 +27,7 @@ from align_loop.errors import UserError
 # of 32; in vLLM's default of 128 no short prompt fills a block, so none would be shared.
 _CPU_SEQUENCES = 256
 _CPU_BLOCK = 32
+_CPU_BATCHED_TOKENS = 8192
 
 _env = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -127,7 +128,15 @@ def start(
     place: dict[str, Any] = {"gpu_memory_utilization": vllm_memory}
     if device == "cpu":
         cache = min(int(vllm_kv_cache_gib * 2**30), _kv_bytes(model_dir, dtype, max_model_len))
-        place = {"kv_cache_memory_bytes": cache, "max_num_seqs": _CPU_SEQUENCES, "block_size": _CPU_BLOCK}
+        place = {
+            "kv_cache_memory_bytes": cache,
+            "max_num_seqs": _CPU_SEQUENCES,
+            "block_size": _CPU_BLOCK,
+            # A prompt split over two steps rewinds its request's generator, which a CPU generator can't:
+            # "CPU Generator does not use offset" (vLLM 0.32). So prompts are never split there.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, max_model_len),
+        }
     try:
         with _quiet(), _guest(threads):
             gc.freeze()  # vLLM collects garbage five times on its way: let it pass over all there is

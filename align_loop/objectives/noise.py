@@ -102,7 +102,7 @@ def extrapolated_logprobs(logits_policy: Tensor, logits_reference: Tensor, lam: 
 
     def rows_of(rows: Tensor, columns: Tensor) -> Tensor:
         mixed = (1.0 + lam) * logits_policy[rows, columns].float()
-        return mixed.sub_(logits_reference[rows, columns].float(), alpha=lam*lam) if lam else mixed
+        return mixed.sub_(logits_reference[rows, columns].float(), alpha=lam) if lam else mixed
 
     return _gather_chunked(rows_of, labels, logits_policy.shape[-1])
 

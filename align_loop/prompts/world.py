@@ -24,18 +24,16 @@ TOPICS = (
     "river mountain garden winter moon bridge horse lantern forest harbour"
     " kitchen train castle storm library candle violin window village mirror"
 ).split()
-ADJECTIVES = "old young quiet bright dark small great green golden silver distant familiar".split()
-VERBS = "waits sleeps sings shines turns rests grows moves fades calls".split()
-TIMES = "morning evening night spring dusk silence rain snow".split()
+ADJECTIVES = "old quiet golden distant".split()
+VERBS = "waits sleeps sings shines".split()
+TIMES = "morning night rain snow".split()
 
-# Sentence shapes of the body; "@" is the topic. Each has some free words, so that answers differ.
+# Sentence shapes of the body; "@" is the topic. Each has a free word, so that answers differ.
 SENTENCES = (
     "the @ {verb} in the {time}",
     "i remember the {adjective} @",
     "every {time} the @ {verb}",
-    "no one knows the {adjective} @ like we do",
-    "we walked to the @ in the {time}",
-    "the {adjective} @ is {adjective} and {adjective}",
+    "we know the {adjective} @",
 )
 
 CLAUSES = {

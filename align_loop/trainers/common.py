@@ -93,20 +93,8 @@ class EpochSampler(Sampler[int]):
         yield from [self.size] * self.padding
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the next pass."""
+        """Choose the permutation of the next pass; the trainer's loader calls it when an epoch begins."""
         self.epoch = epoch
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the sampler which epoch begins; wrapped samplers are not told by the trainer's own loader."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        steps_per_epoch = math.ceil(len(self.sampler) / (args.train_batch_size * args.world_size))
-        updates_per_epoch = max(math.ceil(steps_per_epoch / args.gradient_accumulation_steps), 1)
-        self.sampler.set_epoch(state.global_step // updates_per_epoch)
 
 
 class StageReport(TrainerCallback):

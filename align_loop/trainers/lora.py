@@ -41,8 +41,6 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig, adapter_dir: Path | N
 
 def save_adapter(model: peft.PeftModel, directory: Path) -> None:
     """Write the trained adapter alone to ``directory``, in one level: the frozen reference copy stays out."""
-    if REFERENCE_ADAPTER in model.peft_config:
-        model.delete_adapter(REFERENCE_ADAPTER)
     model.peft_config["default"].base_model_name_or_path = ""  # no path of this machine; the caller knows the base
     model.save_pretrained(str(directory), selected_adapters=["default"])
     (directory / "README.md").unlink(missing_ok=True)  # an empty model card

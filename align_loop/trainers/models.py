@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,13 @@ def position_limit(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def original_generation_config(model: PreTrainedModel) -> Any:
-    """A copy of the generation settings as loaded; trainers overwrite some of them on the way."""
-    return copy.deepcopy(model.generation_config)
-
-
-def save_model_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Any, directory: Path
-) -> None:
+def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write weights, config, generation config, tokenizer and chat template to ``directory``.
 
-    ``generation_config`` (``original_generation_config``) keeps every end-of-sequence id that the model came
-    with; the pad id is filled in where there was none.
+    The generation config keeps every end-of-sequence id that the model came with; pad and end-of-sequence ids are
+    filled in where there were none.
     """
-    model.generation_config = generation_config
+    generation_config = model.generation_config
     if generation_config.pad_token_id is None:
         generation_config.pad_token_id = pad_id(tokenizer)
     if generation_config.eos_token_id is None:

@@ -1,7 +1,7 @@
 """AdamW for bfloat16 weights: float32 master copies, without which small learning rates train nothing.
 
-A bfloat16 weight of 0.02 has neighbours 1e-4 away, and one AdamW step at learning rate 5e-7 moves it by 5e-7: rounded to
-nearest, every update would be lost. The master copies take the updates, the model gets their rounded values
+A bfloat16 weight of 0.02 has neighbours 1e-4 away, and one AdamW step at learning rate 5e-7 moves it by 5e-7:
+rounded to nearest, every update would be lost. The master copies take the updates, the model gets their rounded values
 (as DeepSpeed's bfloat16 optimiser does).
 """
 

@@ -30,7 +30,7 @@ from trl.trainer.utils import use_adapter
 
 from align_loop.objectives.noise import NoiseHandling, extrapolated_logprobs, shape_flagged, token_logprobs
 from align_loop.objectives.pair import pair_logits, pair_loss, summed_logprobs
-from align_loop.trainers.common import EpochOrder, EpochSampler
+from align_loop.trainers.common import EpochSampler
 from align_loop.trainers.lora import REFERENCE_ADAPTER
 from align_loop.trainers.models import pad_id
 from align_loop.trainers.noise_flags import NoiseFlags
@@ -63,7 +63,6 @@ class PairTrainer(DPOTrainer):
         super().__init__(data_collator=PairCollator(pad_id(arguments["processing_class"])), **arguments)
         enabled = noise is not None and noise.enabled
         self.flags = NoiseFlags(noise, ids, self.accelerator.gather) if enabled else None
-        self.add_callback(EpochOrder(sampler))
         if self.flags is not None:
             self.add_callback(NoiseCheckpoint(self.flags))
 

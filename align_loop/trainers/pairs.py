@@ -23,7 +23,6 @@ from align_loop.trainers.models import (
     dtype_of,
     load_model,
     load_tokenizer,
-    original_generation_config,
     position_limit,
     save_model_folder,
 )
@@ -72,8 +71,8 @@ def train_pairs(
         limit = STEP0_LIMIT[hardware.get("dtype") or "float32"]
         if start.reference_is_policy and not margin <= limit:
             raise RuntimeError(
-                f"policy {policy_dir} and reference {reference_dir} should be the same model, but the margins of the "
-                f"first step's pairs are {margin:.3g} nats on average (allowed: {limit}): one of them was loaded wrongly"
+                f"policy {policy_dir} and reference {reference_dir} should be the same model, but the margins of "
+                f"the first step's pairs are {margin:.3g} nats on average (allowed: {limit}): one was loaded wrongly"
             )
 
     with context.progress(int(len(examples) * training.epochs), "pairs") as progress:
@@ -107,7 +106,6 @@ class Start:
     reference: PreTrainedModel | None  # None: the policy with another state of its adapter
     freeze_adapter: bool  # the reference is a frozen copy of the adapter, not the adapter switched off
     reference_is_policy: bool
-    generation_config: Any
 
 
 def _start(
@@ -122,7 +120,7 @@ def _start(
     same = policy_dir.resolve() == reference_dir.resolve()
     if lora is None:
         model, reference = load_model(policy_dir, hardware), load_model(reference_dir, hardware)
-        return Start(model, reference, False, same, original_generation_config(model))
+        return Start(model, reference, False, same)
     base_dir = policy_dir if base_dir is None else base_dir
     off = reference_dir.resolve() == base_dir.resolve()
     if adapter_dir is None and policy_dir.resolve() != base_dir.resolve():
@@ -132,9 +130,8 @@ def _start(
     if not (off or same):
         raise ValueError(f"LoRA: reference {reference_dir} must be the policy {policy_dir} or the base {base_dir}")
     base = load_model(base_dir, hardware)
-    generation_config = original_generation_config(base)
     model = adapters.with_adapter(base, lora, adapter_dir, seed)
-    return Start(model, None, not off, same, generation_config)
+    return Start(model, None, not off, same)
 
 
 def build_trainer(
@@ -191,11 +188,11 @@ def _save(
         probes = adapters.probes_of(examples)
         adapters.save_adapter(model, out / "adapter")
         adapted = adapters.probe_logprobs(model.eval(), probes)
-        save_model_folder(model.merge_and_unload(safe_merge=True), tokenizer, start.generation_config, out / "model")
+        save_model_folder(model.merge_and_unload(safe_merge=True), tokenizer, out / "model")
         merged = adapters.probe_logprobs(load_model(out / "model", hardware).to(model.device).eval(), probes)
         context.fact("merge_probe", adapters.prove_merge(adapted, merged, dtype_of(hardware)))
     else:
-        save_model_folder(model, tokenizer, start.generation_config, out / "model")
+        save_model_folder(model, tokenizer, out / "model")
     rows = trainer.flags.rows if trainer.flags is not None else []
     record.write_table(out / "flags.parquet", rows, record.FLAGS)
     shutil.rmtree(out / "trainer", ignore_errors=True)

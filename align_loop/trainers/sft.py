@@ -12,12 +12,11 @@ from trl import SFTConfig, SFTTrainer
 from align_loop.errors import UserError
 from align_loop.stage import StageContext
 from align_loop.trainers import lora as adapters
-from align_loop.trainers.common import EpochOrder, EpochSampler, attach, set_threads, trainer_arguments
+from align_loop.trainers.common import EpochSampler, attach, set_threads, trainer_arguments
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 from align_loop.trainers.models import (
     load_model,
     load_tokenizer,
-    original_generation_config,
     position_limit,
     save_model_folder,
 )
@@ -35,7 +34,6 @@ class DemonstrationTrainer(SFTTrainer):
     def __init__(self, *args: Any, sampler: EpochSampler, **kwargs: Any) -> None:
         self.sampler = sampler
         super().__init__(*args, **kwargs)
-        self.add_callback(EpochOrder(sampler))
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -88,7 +86,6 @@ def train_sft(
         raise UserError("supervised training got no demonstrations: check the data of the seed split")
     set_threads(hardware)
     model, tokenizer = load_model(model_dir, hardware), load_tokenizer(model_dir)
-    generation_config = original_generation_config(model)
     arguments = SFTConfig(**trainer_arguments(training, hardware, out, seed, len(demonstrations)))
     world_size = arguments.world_size
     multiple = arguments.per_device_train_batch_size * world_size if world_size > 1 else 1
@@ -106,7 +103,7 @@ def train_sft(
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if lora is not None:
             trained = trained.merge_and_unload(safe_merge=True)
-        save_model_folder(trained, tokenizer, generation_config, out / "model")
+        save_model_folder(trained, tokenizer, out / "model")
         shutil.rmtree(out / "trainer", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     context.rows("demonstrations", into=len(demonstrations), out=len(demonstrations))
