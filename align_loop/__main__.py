@@ -84,6 +84,7 @@ def _recipes(_: list[str]) -> int:
 def _prepare_process() -> None:
     """Before torch is imported: threads that wait must not spin beside other processes; nobody is phoned."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning at each start of vLLM
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

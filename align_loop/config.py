@@ -166,6 +166,8 @@ def _check_schedule(config: Config) -> None:
             f"noise.decoupling={config.noise.decoupling} has {len(config.noise.decoupling)} values for "
             f"loop.iterations={noisy}: give one lambda an iteration"
         )
+    if not steps(config):
+        raise UserError(f"{config.experiment}: nothing to train: setting={config.setting.name} has no demonstrations")
     if config.sft == "train" and not config.setting.has_demonstrations:
         raise UserError("sft=train, but this setting has no demonstrations: give setting.demos or use sft=skip")
     names = stage_names(config)

@@ -231,12 +231,13 @@ class Run:
 
     def _start(self) -> Artifact:
         """The model that the run starts from."""
-        start = self.config.setting.start(self.config.seed)
-        model = (
-            self.store.source(start)
-            if isinstance(start, str)
-            else self.store.part(self._source("start", start), "model")
-        )
+        start = self.config.setting.start(self.config.seed, planning=self.store.dry_run)
+        if start is None:
+            model = Artifact(None, None, "the download of setting.model")
+        elif isinstance(start, str):
+            model = self.store.source(start)
+        else:
+            model = self.store.part(self._source("start", start), "model")
         if self.config.setting.chat_template is None:
             return model
         config = {"template": template_text(self.config.setting.chat_template)}

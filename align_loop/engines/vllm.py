@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -40,7 +41,9 @@ _env = {
 def _guest(threads: int | None) -> Iterator[None]:
     """Everything vLLM does happens in here, and the process is afterwards as it was."""
     with surroundings.environment(_env), surroundings.threads(threads), surroundings.global_state():
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
+            yield
 
 
 def _quiet() -> AbstractContextManager[None]:

@@ -93,7 +93,7 @@ class EmbeddedSetting(Setting):
         own = {k: getattr(self, k) for k in ("demonstrations", "pairs", "labelled", "honour", "sharpness")}
         return Source("align_loop.prompts.embedded:prepare", {**own, **self.splits(iterations, seed)})
 
-    def start(self, seed: int) -> Source | str:
+    def start(self, seed: int, planning: bool = False) -> Source | str | None:
         """The stage that writes the untrained model."""
         return Source("align_loop.prompts.embedded:base_model", {**asdict(self.model), "seed": seed})
 
@@ -139,7 +139,7 @@ class LocalSetting(Setting):
         files = {name: path for name, path in named.items() if path is not None}
         return Source("align_loop.prompts.local:prepare", config, files)
 
-    def start(self, seed: int) -> Source | str:
+    def start(self, seed: int, planning: bool = False) -> Source | str | None:
         """The user's model folder."""
         return self.model
 
@@ -171,19 +171,20 @@ class HubSetting(Setting):
         config = {k: getattr(self, k) for k in (*own, "seed_fraction")}
         return Source("align_loop.prompts.hub:prepare", {**config, **self.splits(iterations, seed)})
 
-    def start(self, seed: int) -> Source | str:
-        """The folder of the model's snapshot in the hub cache, downloaded where it isn't there yet."""
+    def start(self, seed: int, planning: bool = False) -> Source | str | None:
+        """The folder of the model's snapshot in the hub cache; None where a plan would have to download it."""
         if Path(self.model).is_dir():
             return self.model
         from huggingface_hub import snapshot_download  # only where a hub model is named
 
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         try:
             return snapshot_download(
-                self.model,
-                revision=self.revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+                self.model, revision=self.revision, allow_patterns=patterns, local_files_only=planning
             )
         except (OSError, ValueError) as error:
+            if planning:
+                return None
             raise UserError(
                 f"setting.model={self.model} at setting.revision={self.revision} can't be had "
                 f"({str(error).splitlines()[0]}); "

@@ -1,7 +1,7 @@
 """A small language with a known truth, so that every claim of the loop can be measured.
 
-A prompt asks for a text by six independent demands: its kind, topic, tone, addressee, number of
-sentences, and last word. Writers (the demonstrations, and the answers that people compare) honour
+A prompt asks for a text by six independent demands: its kind, topic, tone, addressee, place, and
+last word. Writers (the demonstrations, and the answers that people compare) honour
 each demand only with some probability. The **gold reward** of an answer is the share of the six
 demands that it honours, in [0, 1]. People's choices come from the gold reward through a
 Bradley-Terry coin, so they are noisy as people's are.
@@ -15,31 +15,29 @@ import math
 import random
 from dataclasses import dataclass, fields
 
-KINDS = "poem letter story speech song riddle note prayer".split()
-TONES = "happy sad calm angry proud shy warm funny".split()
-ADDRESSEES = "mother friend teacher doctor king sister pilot baker".split()
-ENDINGS = "love hope joy peace luck care trust thanks".split()
-NUMBERS = "one two three".split()
-TOPICS = (
-    "river mountain garden winter moon bridge horse lantern forest harbour"
-    " kitchen train castle storm library candle violin window village mirror"
-).split()
-ADJECTIVES = "old quiet golden distant".split()
-VERBS = "waits sleeps sings shines".split()
-TIMES = "morning night rain snow".split()
+KINDS = "poem letter story speech song riddle".split()
+TONES = "happy sad calm angry proud shy".split()
+ADDRESSEES = "mother friend teacher doctor king sister".split()
+ENDINGS = "love hope joy peace luck care".split()
+PLACES = "north south hills coast woods city".split()
+TOPICS = "river mountain garden moon bridge horse lantern castle storm candle violin mirror".split()
+ADJECTIVES = "old quiet golden".split()
+VERBS = "waits sleeps shines".split()
+TIMES = "morning night rain".split()
 
 # Sentence shapes of the body; "@" is the topic. Each has a free word, so that answers differ.
 SENTENCES = (
     "the @ {verb} in the {time}",
     "i remember the {adjective} @",
-    "every {time} the @ {verb}",
     "we know the {adjective} @",
 )
+
+BODY_SENTENCES = 2
 
 CLAUSES = {
     "topic": "about the {}",
     "addressee": "to a dear {}",
-    "sentences": "in {} sentences",
+    "place": "from the {}",
     "ending": "closing with {}",
 }
 OPENINGS = ("write a {tone} {kind}", "please give me a {tone} {kind}", "i need a {tone} {kind}")
@@ -47,18 +45,18 @@ OPENINGS = ("write a {tone} {kind}", "please give me a {tone} {kind}", "i need a
 
 @dataclass(frozen=True)
 class Demands:
-    """What a prompt asks for. ``sentences`` is the number of sentences of the body, as a word."""
+    """What a prompt asks for."""
 
     kind: str
     topic: str
     tone: str
     addressee: str
-    sentences: str
+    place: str
     ending: str
 
 
 DEMANDS = tuple(field.name for field in fields(Demands))
-CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, NUMBERS, ENDINGS), strict=True))
+CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, PLACES, ENDINGS), strict=True))
 
 
 def vocabulary() -> list[str]:
@@ -96,11 +94,11 @@ def write_answer(demands: Demands, honour: float, rng: random.Random) -> str:
 def compose(demands: Demands, rng: random.Random) -> str:
     """An answer that honours exactly ``demands``."""
     body = []
-    for _ in range(NUMBERS.index(demands.sentences) + 1):
+    for _ in range(BODY_SENTENCES):
         shape = rng.choice(SENTENCES)
         words = [_fill(word, rng) for word in shape.split()]
         body.append(" ".join(words).replace("@", demands.topic) + " .")
-    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} ."
+    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} from the {demands.place} ."
     return " ".join([head, *body, f"with {demands.ending} ."])
 
 
@@ -121,11 +119,11 @@ def honoured(demands: Demands, answer: str) -> dict[str, bool]:
     head, body, last = (sentences[:1] or [[]])[0], sentences[1:-1], (sentences[1:] or [[]])[-1]
     topics = {word for part in body for word in part if word in TOPICS}
     return {
-        "kind": head[-1:] == [demands.kind],
+        "kind": head[7:8] == [demands.kind],
         "topic": topics == {demands.topic},
-        "tone": head[-2:-1] == [demands.tone],
+        "tone": head[6:7] == [demands.tone],
         "addressee": head[:3] == ["dear", demands.addressee, ","],
-        "sentences": len(body) == NUMBERS.index(demands.sentences) + 1,
+        "place": head[8:] == ["from", "the", demands.place],
         "ending": complete and last == ["with", demands.ending],
     }
 

@@ -62,13 +62,15 @@ class LoraConfig:
 def micro_batches(batch_size: int, hardware: dict[str, Any], world_size: int) -> tuple[int, int]:
     """(micro-batch per device, accumulation steps) whose product over ``world_size`` devices is ``batch_size``.
 
-    Without ``hardware['micro_batch_size']`` the micro-batch is the largest that fits the batch, up to 8.
+    Without ``hardware['micro_batch_size']`` the micro-batch is the largest that fits the batch, up to 8 on a GPU and
+    32 on a CPU.
     Raises ``ValueError`` when the global batch can't be divided so.
     """
     micro = hardware.get("micro_batch_size")
     if micro is None:
         share = max(batch_size // world_size, 1)
-        micro = max(size for size in range(1, min(share, 8) + 1) if share % size == 0)
+        most = 8 if hardware.get("device") == "cuda" else 32  # one micro-batch needs no second forward for the flags
+        micro = max(size for size in range(1, min(share, most) + 1) if share % size == 0)
     if micro < 1 or batch_size % (micro * world_size):
         raise ValueError(
             f"batch_size {batch_size} can't be divided into micro-batches of {micro} on {world_size} device(s): "
