@@ -14,7 +14,7 @@ from align_loop.errors import UserError
 from align_loop.parts import PART, build, nearest
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 
-STEP_DATA = ("demonstrations", "seed", "all_labels", "on_policy")
+ROLES = ("policy", "initial", "previous")  # what an annotator may read, beside model folders
 
 
 @dataclass
@@ -78,6 +78,10 @@ class Hardware:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"hardware.{name}={value} must be at least 1")
+        if not 0 < self.vllm_memory <= 1:
+            raise ValueError(f"hardware.vllm_memory={self.vllm_memory} must be in (0, 1], a share of the GPU's memory")
+        if not self.vllm_kv_cache_gib > 0:
+            raise ValueError(f"hardware.vllm_kv_cache_gib={self.vllm_kv_cache_gib} must be positive")
 
 
 @dataclass
@@ -99,11 +103,11 @@ class Config:
     sft: Literal["auto", "train", "skip"]
     setting: Any = field(metadata=PART)
     hardware: Hardware
+    objective: Any = field(metadata=PART)  # before the annotator, whose beta is this one's
     sampler: Any = field(metadata=PART)
     annotator: Any = field(metadata=PART)
     builder: Any = field(metadata=PART)
     shapers: dict[str, Any] = field(metadata=PART)
-    objective: Any = field(metadata=PART)
     noise: Any = field(metadata=PART)
     updater: Updater
     evaluator: Any = field(metadata=PART)
@@ -115,7 +119,8 @@ class Config:
     @property
     def trains_sft(self) -> bool:
         """Whether the run starts with supervised fine-tuning."""
-        return self.sft == "train" or (self.sft == "auto" and self.setting.has_demonstrations)
+        wanted = self.sft == "train" or (self.sft == "auto" and self.setting.has_demonstrations)
+        return wanted and any(step.data == "demonstrations" for step in self.schedule.before)
 
 
 def from_node(node: dict[str, Any]) -> Config:
@@ -129,10 +134,15 @@ def from_node(node: dict[str, Any]) -> Config:
 
 def stage_names(config: Config) -> list[str]:
     """Every stage of the run, in order: what ``loop.until`` may name."""
-    names = ["data", "start"]
+    gold = config.setting.has_gold
+    measured = ["answers", *(["answers-gold"] if gold else []), "evaluate"]
+    own = ["sample", "annotate", *(["gold"] if gold else []), "pairs"]
+    names = ["data", *([] if config.setting.pretrained else ["start"])]
+    names += [] if config.setting.chat_template is None else ["template"]
+    names += [] if config.trains_sft else [f"initial/{part}" for part in measured]
     for step in steps(config):
-        parts = {"demonstrations": [], "on_policy": ["sample", "annotate", "gold", "pairs"]}.get(step.data, ["pairs"])
-        names += [f"{step.name}/{part}" for part in (*parts, "train", "answers", "evaluate")]
+        parts = {"demonstrations": [], "on_policy": own}.get(step.data, ["pairs"])
+        names += [f"{step.name}/{part}" for part in (*parts, "train", *measured)]
     return names
 
 
@@ -157,6 +167,9 @@ def _check_schedule(config: Config) -> None:
         if step.training not in config.setting.training:
             known = nearest(step.training, config.setting.training)
             raise UserError(f"schedule: step {step.name}: training={step.training} is not in setting.training; {known}")
+    later = [*config.schedule.before[1:], *([config.schedule.iteration] if config.schedule.iteration else [])]
+    if wrong := [step.name for step in later if step.data == "demonstrations"]:
+        raise UserError(f"schedule: step {wrong[0]}: data=demonstrations is possible in the first step alone")
     on_policy = [s for s in steps(config) if s.data == "on_policy"]
     if on_policy:
         config.setting.check_iterations(len(on_policy))
@@ -167,9 +180,12 @@ def _check_schedule(config: Config) -> None:
             f"loop.iterations={noisy}: give one lambda an iteration"
         )
     if not steps(config):
-        raise UserError(f"{config.experiment}: nothing to train: setting={config.setting.name} has no demonstrations")
+        why = "sft=skip" if config.sft == "skip" else f"setting={config.setting.name} has no demonstrations"
+        raise UserError(f"{config.experiment}: nothing to train: {why}")
     if config.sft == "train" and not config.setting.has_demonstrations:
         raise UserError("sft=train, but this setting has no demonstrations: give setting.demos or use sft=skip")
+    if config.sft == "train" and not config.trains_sft:
+        raise UserError(f"sft=train, but {config.experiment} has no step with data=demonstrations in schedule.before")
     names = stage_names(config)
     if config.loop.until is not None and config.loop.until not in names:
         raise UserError(f"loop.until={config.loop.until}: no such stage; {nearest(config.loop.until, names)}")
@@ -179,9 +195,15 @@ def _check_references(config: Config) -> None:
     unrolled = steps(config)
     trained = [s for s in unrolled if s.data in ("seed", "all_labels")]
     on_policy = any(s.data == "on_policy" for s in unrolled)
-    if on_policy and not trained and config.annotator.reference in ("initial", "previous"):
+    for name, role in config.annotator.roles().items() if on_policy else ():
+        if role not in ROLES and not Path(role).is_dir():
+            raise UserError(f"annotator.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
+    reference = config.annotator.roles().get("reference")
+    if on_policy and reference == "policy":
+        raise UserError("annotator.reference=policy: the judge held against itself gives 0 for all; take initial")
+    if on_policy and not trained and reference in ("initial", "previous"):
         raise UserError(
-            f"annotator.reference={config.annotator.reference}: without a step on labelled data the first policy is "
+            f"annotator.reference={reference}: without a step on labelled data the first policy is "
             "the reference itself and all rewards would be 0; name another model (annotator.reference=FOLDER)"
         )
     if any(s.data == "seed" for s in unrolled) and not config.setting.has_preferences:
@@ -189,7 +211,8 @@ def _check_references(config: Config) -> None:
 
 
 def _check_lengths(config: Config) -> None:
-    new, room = config.sampler.max_new_tokens, config.setting.max_length
+    new = getattr(config.sampler, "max_new_tokens", 0)  # a user's own sampler may have no such limit
+    room = config.setting.max_length
     if new >= room:
         raise UserError(f"sampler.max_new_tokens={new} leaves no room for a prompt: setting.max_length={room}")
     for name, training in config.setting.training.items():

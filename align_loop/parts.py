@@ -36,12 +36,15 @@ def find(target: Any, path: str) -> type:
         raise UserError(f"{path}._target_={target!r} must be a dotted name like package.module.Class")
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise UserError(f"{path}._target_={target}: no module {error.name!r}; is the package installed?") from None
     except AttributeError:
         classes = [key for key in vars(importlib.import_module(module)) if key[:1].isupper()]
         raise UserError(f"{path}._target_={target}: {module} has no {name}; {nearest(name, classes)}") from None
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise UserError(f"{path}._target_={target} is not a dataclass; a part is one, its fields are its keys")
+    return found
 
 
 def part(node: Any, path: str) -> Any:
@@ -65,13 +68,14 @@ def build(cls: type, node: Any, path: str) -> Any:
     if missing:
         raise UserError(f"{_join(path, missing[0])} is missing; give it a value ({_name(hints[missing[0]])})")
     values = {}
-    for name, value in node.items():
+    for name in [n for n in fields if n in node]:  # in the class's order, so that what others refer to comes first
         is_part = fields[name].metadata.get("part")
-        values[name] = _value(hints[name], value, _join(path, name), is_part)
+        values[name] = _value(hints[name], node[name], _join(path, name), is_part)
     try:
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"{path}: {error}" if path and path not in str(error) else str(error)) from None
+        text = str(error).replace(f"{cls.__name__}.", f"{path}.", 1)  # where a class doesn't know its key
+        raise UserError(f"{path}: {text}" if path and path not in text else text) from None
 
 
 def node_of(obj: Any) -> dict[str, Any]:
@@ -102,6 +106,8 @@ def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
             return _value(rest[0], value, path, is_part)
     if is_part:
         if origin is dict:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{path}={_shown(value)} must be a dict of parts")
             return {k: part(v, _join(path, k)) for k, v in value.items() if v is not None}
         return part(value, path)
     if dataclasses.is_dataclass(hint):

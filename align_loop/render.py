@@ -26,9 +26,12 @@ class Renderer:
         from transformers import AutoTokenizer  # slow import; a run in which nothing is left to do needs none
 
         self.folder = Path(folder)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.folder, local_files_only=True, trust_remote_code=False
-        )
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder}: no tokenizer to load: {' '.join(str(error).split())[:200]}") from error
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; name one with setting.chat_template")
         if self.tokenizer.eos_token_id is None:

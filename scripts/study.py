@@ -1,7 +1,8 @@
 """The study behind the README's figure: how much of 100 % of the labels do 3.3 % replace?
 
-Each of three recipes (``selfie_iter4``, ``dpo_seed``, ``dpo_full_labels``) is tuned on the same grid of learning rate
-and epochs with ``--tune-seeds``, and then run with its own best on ``--seeds``, which the tuning has not seen.
+Each of three recipes (``dpo_seed``, ``dpo_full_labels``, ``selfie_iter4``) is tuned on the same grid of learning rate
+and epochs with ``--tune-seeds``, and then run with its own best on ``--seeds``, which the tuning has not seen. Selfie's
+seed round is ``dpo_seed`` itself, at its best; the grid is over the iterations.
 
     .venv/bin/python scripts/study.py --dir runs/study              # resumable: start the same command again
     .venv/bin/python scripts/study.py --dir runs/study --report     # only the table and the figure, from what is there
@@ -26,7 +27,7 @@ from typing import Any
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 EPOCHS = (1, 2)
 # Which of the setting's training blocks a recipe's grid point sets.
-BLOCKS = {"selfie_iter4": ("seed", "iteration"), "dpo_seed": ("seed",), "dpo_full_labels": ("full",)}
+BLOCKS = {"dpo_seed": "seed", "dpo_full_labels": "full", "selfie_iter4": "iteration"}
 COLOURS = {"selfie_iter4": "#0072B2", "dpo_seed": "#D55E00", "dpo_full_labels": "#009E73"}
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
 
@@ -46,9 +47,12 @@ def main() -> int:
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     grid = [(recipe, rate, epochs) for recipe in BLOCKS for rate in LEARNING_RATES for epochs in EPOCHS]
-    results = run_all([(p, s) for s in options.tune_seeds for p in grid], options)
+    first = [p for p in grid if p[0] != "selfie_iter4"]
+    results = run_all([(p, s) for s in options.tune_seeds for p in first], None, options)
+    seed_round = choose(first, options.tune_seeds, results)["dpo_seed"]
+    results = run_all([(p, s) for s in options.tune_seeds for p in grid if p not in first], seed_round, options)
     best = choose(grid, options.tune_seeds, results)
-    results = run_all([(p, s) for s in options.seeds for p in best.values()], options)
+    results = run_all([(p, s) for s in options.seeds for p in best.values()], seed_round, options)
     text = table(grid, best, results, options)
     print(text)
     (options.dir / "table.md").write_text(text, encoding="utf-8")
@@ -56,51 +60,48 @@ def main() -> int:
     return 0
 
 
-def run_all(wanted: list[tuple[Point, int]], options: argparse.Namespace) -> dict[tuple[Point, int], Rows]:
-    """The metrics of each (grid point, seed), from ``results.jsonl`` or made now."""
+def run_all(
+    wanted: list[tuple[Point, int]], seed_round: Point | None, options: argparse.Namespace
+) -> dict[tuple[Point, int], Rows]:
+    """The metrics of each (grid point, seed), from ``results.jsonl`` or made now.
+
+    ``seed_round``: the tuned point of ``dpo_seed``, with which ``selfie_iter4`` begins.
+    """
     results = read_results(options.dir)
     missing = [item for item in wanted if item not in results]
     if missing and not options.report:
-        # One run a seed first: the others then find its data and its SFT model in the store.
-        firsts = {seed: (point, seed) for point, seed in reversed(missing)}
-        for batch in (list(firsts.values()), [m for m in missing if m not in firsts.values()]):
+        # One run a seed first: the others then find its data and its SFT model in the store. Then the longest.
+        firsts = list({seed: (point, seed) for point, seed in reversed(missing)}.values())
+        rest = sorted((m for m in missing if m not in firsts), key=lambda item: -item[0][2])
+        for batch in (firsts, rest):
             with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda item: run_one(*item, options), batch))
+                list(pool.map(lambda item: run_one(*item, seed_round, options), batch))
         results = read_results(options.dir)
     return results
 
 
-def run_one(point: Point, seed: int, options: argparse.Namespace) -> None:
+def run_one(point: Point, seed: int, seed_round: Point | None, options: argparse.Namespace) -> None:
     """One run of the command; its metrics are appended to ``results.jsonl``."""
     recipe, rate, epochs = point
     run_dir = options.dir / f"{recipe}-{rate:g}-{epochs}-seed{seed}"
-    blocks = [
-        f"setting.training.{b}.{k}={v}"
-        for b in BLOCKS[recipe]
-        for k, v in (("learning_rate", rate), ("epochs", epochs))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "align_loop",
-        f"+experiment={recipe}",
-        f"setting={options.setting}",
-        f"seed={seed}",
-    ]
-    command += [
-        *blocks,
-        f"run_dir={run_dir}",
-        f"store_dir={options.dir / 'store'}",
-        "tracking.mode=off",
-        "hardware.threads=1",
-    ]
+    settings = training(point) + (training(seed_round) if recipe == "selfie_iter4" else [])
+    command = [sys.executable, "-m", "align_loop", f"+experiment={recipe}", f"setting={options.setting}"]
+    command += [f"seed={seed}", *settings, f"run_dir={run_dir}", f"store_dir={options.dir / 'store'}"]
     with open(options.dir / f"{run_dir.name}.log", "w", encoding="utf-8") as log:
-        subprocess.run(command, stdout=log, stderr=log, check=True)
+        quiet = ["tracking.mode=off", "hardware.threads=1"]
+        subprocess.run([*command, *quiet], stdout=log, stderr=log, check=True)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     record = {"recipe": recipe, "learning_rate": rate, "epochs": epochs, "seed": seed, "rows": rows}
     with open(options.dir / "results.jsonl", "a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")
     print(f"{run_dir.name}: " + " ".join(f"{row['gold_reward']:.3f}" for row in rows), flush=True)
+
+
+def training(point: Point) -> list[str]:
+    """The overrides that set a grid point."""
+    recipe, rate, epochs = point
+    block = f"setting.training.{BLOCKS[recipe]}"
+    return [f"{block}.learning_rate={rate:g}", f"{block}.epochs={epochs}"]
 
 
 def read_results(folder: Path) -> dict[tuple[Point, int], Rows]:
@@ -120,7 +121,8 @@ def choose(grid: list[Point], seeds: list[int], results: dict[tuple[Point, int],
     """Each recipe's grid point with the highest mean final gold reward over the tuning seeds."""
     done = [p for p in grid if all((p, s) in results for s in seeds)]
     score = {p: fmean(final_gold(results[p, s]) for s in seeds) for p in done}
-    return {recipe: max((p for p in done if p[0] == recipe), key=score.__getitem__) for recipe in BLOCKS}
+    recipes = dict.fromkeys(p[0] for p in done)
+    return {recipe: max((p for p in done if p[0] == recipe), key=score.__getitem__) for recipe in recipes}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -182,7 +184,7 @@ def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: 
     runs = [results[best["selfie_iter4"], s] for s in common]
     names = [row["policy"] for row in runs[0]]
     columns = [interval([run[i]["gold_reward"] for run in runs]) for i in range(len(names))]
-    means, halves = [m for m, _ in columns], [h for _, h in columns]
+    means = [m for m, _ in columns]
     colour = COLOURS["selfie_iter4"]
     axes.plot(names, means, marker="o", color=colour, label="Selfie, 3.3 % of the labels")
     axes.fill_between(names, [m - h for m, h in columns], [m + h for m, h in columns], color=colour, alpha=0.2, lw=0)
@@ -196,7 +198,6 @@ def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: 
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    assert len(means) == len(halves)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ class PolicyEvaluator:
 
     temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"evaluator.temperature={self.temperature} must be 0 (greedy) or more")
+
 
 def evaluate(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
     """The stage: writes ``evaluation.json`` (see ``measure``).

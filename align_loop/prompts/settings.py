@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from align_loop.errors import UserError
 from align_loop.prompts.splits import prompt_sets
 from align_loop.prompts.wordlevel import ModelSize
+from align_loop.templates import template_text
 from align_loop.trainers.config import TrainingConfig
 
 
@@ -45,6 +46,16 @@ class Setting:
     has_gold: ClassVar[bool] = False  # whether answers have a true quality
     world: ClassVar[str | None] = None  # the module that knows it
     pretrained: ClassVar[bool] = True  # whether the start is more than random weights
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"setting.max_length={self.max_length} must be at least 2")
+        if self.eval_prompts < 0:
+            raise ValueError(f"setting.eval_prompts={self.eval_prompts} must be 0 or more")
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"setting.heldout_share={self.heldout_share} must be in [0, 1)")
+        if self.chat_template is not None:
+            template_text(self.chat_template)
 
     def check_iterations(self, iterations: int) -> None:
         """Raise ``UserError`` where there are fewer prompt sets than iterations."""
@@ -85,8 +96,27 @@ class EmbeddedSetting(Setting):
     has_preferences: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.labelled <= self.pairs:
             raise ValueError(f"setting.labelled={self.labelled} must be from 1 to setting.pairs={self.pairs}")
+        if round(self.labelled * self.heldout_share) == self.labelled:
+            raise ValueError(f"setting.heldout_share={self.heldout_share} of setting.labelled={self.labelled} is all")
+        if self.demonstrations < 1:
+            raise ValueError(f"setting.demonstrations={self.demonstrations} must be at least 1")
+        if not 0 <= self.honour <= 1:
+            raise ValueError(f"setting.honour={self.honour} must be in [0, 1]")
+        if self.model.hidden % self.model.heads:
+            raise ValueError(f"setting.model.heads={self.model.heads} must divide setting.model.hidden")
+        if self.max_length > self.model.max_positions:
+            limit = f"setting.model.max_positions={self.model.max_positions}"
+            raise ValueError(f"setting.max_length={self.max_length} is more than {limit}")
+
+    def check_iterations(self, iterations: int) -> None:
+        """As ``Setting``'s; the sets must also fit in the unlabelled pairs."""
+        sizes = prompt_sets(self.prompt_sets or {}, iterations)
+        if sum(sizes) > self.pairs - self.labelled:
+            found = f"setting.pairs={self.pairs} less setting.labelled={self.labelled}"
+            raise UserError(f"{found} is too few for setting.prompt_sets of {sizes} prompts: raise setting.pairs")
 
     def data_stage(self, iterations: int, seed: int) -> Source:
         """The stage that writes the run's tables."""
@@ -117,8 +147,13 @@ class LocalSetting(Setting):
     bad_rows: Literal["stop", "drop"] = "stop"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preferences is None and self.prompts is None:
             raise ValueError("setting.preferences is missing: name a file of preferences (JSONL, JSONL.gz or Parquet)")
+        for key in ("model", "preferences", "prompts", "demos"):
+            path = getattr(self, key)
+            if path is not None and not Path(path).expanduser().exists():
+                raise ValueError(f"setting.{key}={path}: no such file or folder; check the path")
 
     @property
     def has_demonstrations(self) -> bool:

@@ -19,25 +19,17 @@ KINDS = "poem letter story speech song riddle".split()
 TONES = "happy sad calm angry proud shy".split()
 ADDRESSEES = "mother friend teacher doctor king sister".split()
 ENDINGS = "love hope joy peace luck care".split()
-PLACES = "north south hills coast woods city".split()
+PLACES = "paris london rome cairo lima oslo".split()
 TOPICS = "river mountain garden moon bridge horse lantern castle storm candle violin mirror".split()
-ADJECTIVES = "old quiet golden".split()
-VERBS = "waits sleeps shines".split()
-TIMES = "morning night rain".split()
+ADJECTIVES = "old quiet golden distant great small".split()
 
-# Sentence shapes of the body; "@" is the topic. Each has a free word, so that answers differ.
-SENTENCES = (
-    "the @ {verb} in the {time}",
-    "i remember the {adjective} @",
-    "we know the {adjective} @",
-)
-
-BODY_SENTENCES = 2
+# The body: two sentences about the topic ("@"), each with one free word, so that answers differ in more than demands.
+BODY = ("i remember the {} @ .", "we praise this {} @ .")
 
 CLAUSES = {
     "topic": "about the {}",
     "addressee": "to a dear {}",
-    "place": "from the {}",
+    "place": "from {}",
     "ending": "closing with {}",
 }
 OPENINGS = ("write a {tone} {kind}", "please give me a {tone} {kind}", "i need a {tone} {kind}")
@@ -62,8 +54,8 @@ CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, PLACES, ENDINGS),
 def vocabulary() -> list[str]:
     """Every word that a prompt or an answer of this language can contain, sorted, without repeats."""
     words = {word for choices in CHOICES.values() for word in choices}
-    words |= set(ADJECTIVES) | set(VERBS) | set(TIMES) | {".", ",", "and", "dear", "here", "is", "a", "with"}
-    for text in (*SENTENCES, *CLAUSES.values(), *OPENINGS):
+    words |= set(ADJECTIVES) | {".", ",", "and", "dear", "here", "is", "a", "with"}
+    for text in (*BODY, *CLAUSES.values(), *OPENINGS):
         words |= {w for w in text.split() if w != "@" and not w.startswith("{")}
     return sorted(words)
 
@@ -93,18 +85,9 @@ def write_answer(demands: Demands, honour: float, rng: random.Random) -> str:
 
 def compose(demands: Demands, rng: random.Random) -> str:
     """An answer that honours exactly ``demands``."""
-    body = []
-    for _ in range(BODY_SENTENCES):
-        shape = rng.choice(SENTENCES)
-        words = [_fill(word, rng) for word in shape.split()]
-        body.append(" ".join(words).replace("@", demands.topic) + " .")
-    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} from the {demands.place} ."
+    body = [sentence.format(rng.choice(ADJECTIVES)).replace("@", demands.topic) for sentence in BODY]
+    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} from {demands.place} ."
     return " ".join([head, *body, f"with {demands.ending} ."])
-
-
-def _fill(word: str, rng: random.Random) -> str:
-    choices = {"{verb}": VERBS, "{adjective}": ADJECTIVES, "{time}": TIMES}.get(word)
-    return rng.choice(choices) if choices else word
 
 
 def honoured(demands: Demands, answer: str) -> dict[str, bool]:
@@ -123,7 +106,7 @@ def honoured(demands: Demands, answer: str) -> dict[str, bool]:
         "topic": topics == {demands.topic},
         "tone": head[6:7] == [demands.tone],
         "addressee": head[:3] == ["dear", demands.addressee, ","],
-        "place": head[8:] == ["from", "the", demands.place],
+        "place": head[8:] == ["from", demands.place],
         "ending": complete and last == ["with", demands.ending],
     }
 
