@@ -104,9 +104,9 @@ class Run:
             if start.adapter is not None:
                 inputs["adapter"] = start.adapter
         settings = {"objective": node_of(self.config.objective), "noise": noise, "iteration": iteration}
-        trained = self._stage(
-            f"{step.name}/train", "align_loop.trainers.stage:pairs", self._training(step) | settings, inputs
-        )
+        parts = [node["_target_"] for node in (settings["objective"], noise) if node]
+        config = self._training(step) | settings
+        trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:pairs", config, inputs, parts=parts)
         adapter = self.store.part(trained, "adapter") if self.config.lora else None
         return self._policy(
             step.name, iteration, self.store.part(trained, "model"), adapter, {**tables, "train": trained}

@@ -414,6 +414,15 @@ def test_what_is_not_keyed_changes_no_key(tmp_path):
     assert keyed(from_node(changed(node, "tracking.mode", "off")), tmp_path) == before
 
 
+def test_held_out_answers_are_drawn_once_and_as_the_evaluator_says(tmp_path):
+    for more, temperature in ([], 0.9), (["evaluator.temperature=0"], 0.0):
+        config = load([SELFIE, "sampler.temperature=0.9", *more])[0]
+        stages = {s.name: s for s in planned(config, tmp_path)}
+        held_out, own = (stages[name].config["sampler"] for name in ("seed/answers", "iteration-1/sample"))
+        assert (held_out["n"], held_out["temperature"]) == (1, temperature)
+        assert (own["n"], own["temperature"]) == (2, 0.9)
+
+
 def test_the_knobs_of_another_recipe_and_of_the_engine_act_there(tmp_path):
     given = ["+experiment=dpo_full_labels"]
     before = keyed(load(given)[0], tmp_path)

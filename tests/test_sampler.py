@@ -92,7 +92,7 @@ def test_prompts_that_do_not_fit_are_counted(model, tmp_path):
 
 
 def test_what_becomes_of_answers_that_were_cut(model, tmp_path):
-    given = dict(n=4, max_new_tokens=6)
+    given = {"n": 4, "max_new_tokens": 6}
     kept, _ = answers(model, prompts(), tmp_path, **given)
     cut = {r["sample_id"] for r in kept if r["finish_reason"] == "length"}
     assert 0 < len(cut) < len(kept)  # both kinds are there, or this test shows nothing

@@ -237,3 +237,5 @@ def test_prompts_are_never_drawn_twice(seed):
     rng, seen = random.Random(seed), set()
     drawn = [embedded._prompt(rng, seen)["prompt_id"] for _ in range(50)]
     assert len(set(drawn)) == 50 and set(drawn) == seen
+    again = embedded._prompt(random.Random(seed), seen)["prompt_id"]  # the same draws as the first prompt's
+    assert again not in drawn

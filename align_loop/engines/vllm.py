@@ -40,10 +40,10 @@ _env = {
 @contextmanager
 def _guest(threads: int | None) -> Iterator[None]:
     """Everything vLLM does happens in here, and the process is afterwards as it was."""
-    with surroundings.environment(_env), surroundings.threads(threads), surroundings.global_state():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
-            yield
+    guest = surroundings.environment(_env), surroundings.threads(threads), surroundings.global_state()
+    with guest[0], guest[1], guest[2], warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
+        yield
 
 
 def _quiet() -> AbstractContextManager[None]:

@@ -8,10 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
-from runs.conftest import align, metrics
 from tiny import tiny_llama
 
 from align_loop.templates import TEMPLATES
+from runs.conftest import align, metrics
 
 SIZES = [
     "setting=local",
@@ -66,7 +66,9 @@ def qwen2(directory: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([" ".join(f"w{i}" for i in range(60))], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=special[0], eos_token=special[2])
     tokenizer.chat_template = TEMPLATES["chatml"]
@@ -118,7 +120,9 @@ def test_demonstrations_and_no_prompts_file(tmp_path):
     """Without prompts a tenth of the labels is used and the other prompts are sampled from; demos bring SFT."""
     folder = tiny_llama(tmp_path / "model")
     file = write_jsonl(tmp_path / "p.jsonl", preferences("prompt", 120))
-    demos = write_jsonl(tmp_path / "d.jsonl", [{"prompt": words(random.Random(i), 4), "answer": "w9 w8"} for i in range(16)])
+    demos = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": words(random.Random(i), 4), "answer": "w9 w8"} for i in range(16)]
+    )
     run_dir = tmp_path / "run"
     data = [f"setting.model={folder}", f"setting.preferences={file}", f"setting.demos={demos}"]
     align("+experiment=selfie_iter4", *SIZES, *data, "setting.training.sft.batch_size=8", f"run_dir={run_dir}")

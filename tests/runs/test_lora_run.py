@@ -6,9 +6,8 @@ import json
 import subprocess
 import sys
 
-from runs.conftest import TINY, align, environment, metrics
-
 from align_loop.record import read_rows
+from runs.conftest import TINY, align, environment, metrics
 
 
 def test_lora_runs_end_to_end(tmp_path):

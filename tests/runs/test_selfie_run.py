@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs.conftest import TINY, align, command, environment, metrics
 
 from align_loop.digest import DigestCache, folder_digest
+from runs.conftest import TINY, align, command, environment, metrics
 
 POLICIES = ["sft", "seed", "iteration-1", "iteration-2", "iteration-3", "iteration-4"]
 KEYS = "policy iteration gold_reward gold_reward_ci95 win_rate_vs_sft judge_accuracy label_accuracy mean_answer_tokens"
@@ -121,7 +121,12 @@ def test_a_killed_run_ends_like_an_undisturbed_one(selfie, tmp_path, line):
     run_dir = tmp_path / "run"
     arguments = command("+experiment=selfie_iter4", *TINY, f"run_dir={run_dir}")
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(), start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+        start_new_session=True,
     )
     for printed in process.stdout:
         if f"+ {line}" in printed:
