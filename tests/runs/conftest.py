@@ -22,6 +22,7 @@ TINY = [
     "setting.eval_prompts=32",
     "setting.prompt_sets={4: [24, 24, 32, 32]}",
     "sampler.chunk=16",
+    "setting.training.iteration.batch_size=4",
     "hardware.threads=1",
     "tracking.mode=off",
 ]
