@@ -2,7 +2,8 @@
 
 Each of three recipes (``dpo_seed``, ``dpo_full_labels``, ``selfie_iter4``) is tuned on the same grid of learning rate
 and epochs with ``--tune-seeds``, and then run with its own best on ``--seeds``, which the tuning has not seen. Selfie's
-seed round is ``dpo_seed`` itself, at its best; the grid is over the iterations.
+grid is over the iterations; its seed round is the setting's default (the policy that judges best is not the one that
+answers best, so ``dpo_seed`` at its best makes a poor start).
 
     .venv/bin/python scripts/study.py --dir runs/study              # resumable: start the same command again
     .venv/bin/python scripts/study.py --dir runs/study --report     # only the table and the figure, from what is there
@@ -47,12 +48,9 @@ def main() -> int:
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     grid = [(recipe, rate, epochs) for recipe in BLOCKS for rate in LEARNING_RATES for epochs in EPOCHS]
-    first = [p for p in grid if p[0] != "selfie_iter4"]
-    results = run_all([(p, s) for s in options.tune_seeds for p in first], None, options)
-    seed_round = choose(first, options.tune_seeds, results)["dpo_seed"]
-    results = run_all([(p, s) for s in options.tune_seeds for p in grid if p not in first], seed_round, options)
+    results = run_all([(p, s) for s in options.tune_seeds for p in grid], options)
     best = choose(grid, options.tune_seeds, results)
-    results = run_all([(p, s) for s in options.seeds for p in best.values()], seed_round, options)
+    results = run_all([(p, s) for s in options.seeds for p in best.values()], options)
     text = table(grid, best, results, options)
     print(text)
     (options.dir / "table.md").write_text(text, encoding="utf-8")
@@ -60,13 +58,8 @@ def main() -> int:
     return 0
 
 
-def run_all(
-    wanted: list[tuple[Point, int]], seed_round: Point | None, options: argparse.Namespace
-) -> dict[tuple[Point, int], Rows]:
-    """The metrics of each (grid point, seed), from ``results.jsonl`` or made now.
-
-    ``seed_round``: the tuned point of ``dpo_seed``, with which ``selfie_iter4`` begins.
-    """
+def run_all(wanted: list[tuple[Point, int]], options: argparse.Namespace) -> dict[tuple[Point, int], Rows]:
+    """The metrics of each (grid point, seed), from ``results.jsonl`` or made now."""
     results = read_results(options.dir)
     missing = [item for item in wanted if item not in results]
     if missing and not options.report:
@@ -75,16 +68,16 @@ def run_all(
         rest = sorted((m for m in missing if m not in firsts), key=lambda item: -item[0][2])
         for batch in (firsts, rest):
             with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(lambda item: run_one(*item, seed_round, options), batch))
+                list(pool.map(lambda item: run_one(*item, options), batch))
         results = read_results(options.dir)
     return results
 
 
-def run_one(point: Point, seed: int, seed_round: Point | None, options: argparse.Namespace) -> None:
+def run_one(point: Point, seed: int, options: argparse.Namespace) -> None:
     """One run of the command; its metrics are appended to ``results.jsonl``."""
     recipe, rate, epochs = point
     run_dir = options.dir / f"{recipe}-{rate:g}-{epochs}-seed{seed}"
-    settings = training(point) + (training(seed_round) if recipe == "selfie_iter4" else [])
+    settings = training(point)
     command = [sys.executable, "-m", "align_loop", f"+experiment={recipe}", f"setting={options.setting}"]
     command += [f"seed={seed}", *settings, f"run_dir={run_dir}", f"store_dir={options.dir / 'store'}"]
     with open(options.dir / f"{run_dir.name}.log", "w", encoding="utf-8") as log:
