@@ -53,9 +53,9 @@ def spawns(config, inputs, context):
     time.sleep(config["seconds"])
 
 @contextlib.contextmanager
-def sink(stage, settings):
+def sink(job, settings):
     with open(settings["file"], "a") as handle:
-        yield lambda metrics: handle.write(f"{stage} {metrics['loss']}\\n")
+        yield lambda metrics: handle.write(f"{job.name} {metrics['loss']}\\n")
         handle.write("closed\\n")
 """
 

@@ -12,7 +12,7 @@ from align_loop.trainers.config import LoraConfig, TrainingConfig, micro_batches
 
 @pytest.mark.parametrize(
     ("batch", "micro", "devices", "expected"),
-    [(32, 8, 1, (8, 4)), (32, 4, 8, (4, 1)), (32, None, 1, (8, 4)), (12, None, 1, (6, 2)), (7, None, 1, (7, 1))],
+    [(32, 8, 1, (8, 4)), (32, 4, 8, (4, 1)), (32, None, 1, (32, 1)), (48, None, 1, (24, 2)), (7, None, 1, (7, 1))],
 )
 def test_the_division_multiplies_back_to_the_global_batch(batch, micro, devices, expected) -> None:
     found = micro_batches(batch, {"micro_batch_size": micro}, devices)
