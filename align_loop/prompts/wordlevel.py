@@ -54,6 +54,7 @@ def write_base_model(folder: Path, size: ModelSize, seed: int) -> None:
     """Write a randomly initialised Llama and its tokenizer to ``folder`` as a plain HF folder."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     tokenizer = build_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -74,5 +75,6 @@ def write_base_model(folder: Path, size: ModelSize, seed: int) -> None:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ids)
+    transformers_logging.disable_progress_bar()  # a bar for one small file
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
