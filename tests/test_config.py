@@ -335,7 +335,7 @@ OTHER = {
     "annotator.reference": "previous",
     "updater.reference": "initial",
     "sampler.engine": None,  # decided by runner.resolve_engine and handed to the loop
-    "sampler.top_p": 0.9,
+    "sampler.top_p": 0.8,
     "sampler.truncated": "drop",
     "noise.action": "drop",
     "noise.rule": "paper_code",
