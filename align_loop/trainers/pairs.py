@@ -61,7 +61,7 @@ def train_pairs(
     starting policy and yet their margins aren't 0 at the first step.
     """
     if not examples:
-        raise UserError(f"{context.name}: no training pairs: every pair was filtered out, or the seed data is empty")
+        raise UserError("no training pairs: every pair was filtered out, or the seed data is empty")
     set_threads(hardware)
     start = _start(policy_dir, reference_dir, base_dir, adapter_dir, lora, seed, hardware)
     tokenizer = load_tokenizer(policy_dir)
