@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--setting", default="embedded")
     parser.add_argument("--tune-seeds", type=int, nargs="+", default=[101])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()

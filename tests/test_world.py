@@ -19,33 +19,33 @@ SEED = st.integers(0, 2**20)
 
 @given(DEMANDS, SEED)
 def test_what_honours_all_demands_earns_one(demands, seed):
-    answer = world.compose(demands, random.Random(seed))
+    answer = world.compose(demands)
     assert world.gold_reward(demands, answer) == 1
     assert world.write_answer(demands, 1.0, random.Random(seed)).endswith(f"with {demands.ending} .")
     assert world.gold_reward(demands, world.write_answer(demands, 1.0, random.Random(seed))) == 1
     assert world.gold_reward(demands, world.write_answer(demands, 0.0, random.Random(seed))) == 0
 
 
-@given(DEMANDS, SEED, st.sampled_from(world.DEMANDS), SEED)
-def test_each_demand_is_worth_a_sixth_whatever_the_others(demands, seed, name, pick):
+@given(DEMANDS, st.sampled_from(world.DEMANDS), SEED)
+def test_each_demand_is_worth_a_sixth_whatever_the_others(demands, name, pick):
     others = [value for value in world.CHOICES[name] if value != getattr(demands, name)]
     other = dataclasses.replace(demands, **{name: others[pick % len(others)]})
-    answer = world.compose(other, random.Random(seed))
+    answer = world.compose(other)
     assert world.gold_reward(demands, answer) == pytest.approx(5 / 6)
     assert [key for key, value in world.honoured(demands, answer).items() if not value] == [name]
 
 
-@given(DEMANDS, SEED)
-def test_saying_everything_earns_nothing(demands, seed):
+@given(DEMANDS)
+def test_saying_everything_earns_nothing(demands):
     everything = " ".join(word for choices in world.CHOICES.values() for word in choices)
     assert world.gold_reward(demands, everything) == 0
     assert world.gold_reward(demands, f"{everything} . {everything} . {everything} .") == 0
     assert world.gold_reward(demands, "") == 0 and world.gold_reward(demands, " . . .") == 0
-    answer = world.compose(demands, random.Random(seed))
+    answer = world.compose(demands)
     other_topic = next(t for t in world.TOPICS if t != demands.topic)
     head, rest = answer.split(" . ", 1)
     for spoilt in (
-        f"{head} . we know the old {other_topic} . {rest}",  # one more topic
+        f"{head} . i remember the {other_topic} . {rest}",  # one more topic
         f"{head} and {demands.kind} . {rest}",  # a head that goes on
         f"{answer[:-1]}and {demands.ending} .",  # an ending that goes on
         answer.removesuffix(" ."),  # cut in mid-sentence
@@ -57,7 +57,7 @@ def test_a_cut_answer_never_earns_more_than_what_it_has_said():
     rng = random.Random(0)
     for _ in range(50):
         demands = world.draw_demands(rng)
-        words = world.compose(demands, rng).split()
+        words = world.compose(demands).split()
         earned = [world.gold_reward(demands, " ".join(words[:n])) for n in range(len(words) + 1)]
         assert earned[0] == 0 and earned[-1] == 1 and max(earned[:-1]) < 1
 
@@ -196,7 +196,7 @@ def test_gold_of_answers_comes_from_the_prompts_demands(tmp_path):
         {
             "sample_id": str(i),
             "prompt_id": p["prompt_id"],
-            "text": world.compose(embedded.demands_of(p), random.Random(i)),
+            "text": world.compose(embedded.demands_of(p)),
         }
         for i, p in enumerate(prompts)
     ]

@@ -13,26 +13,26 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
-KINDS = "poem letter story speech song riddle".split()
-TONES = "happy sad calm angry proud shy".split()
-ADDRESSEES = "mother friend teacher doctor king sister".split()
-ENDINGS = "love hope joy peace luck care".split()
-PLACES = "paris london rome cairo lima oslo".split()
+KINDS = "poem letter story speech song riddle ballad memo fable sermon hymn joke".split()
+TONES = "happy sad calm angry proud shy bold warm grim merry stern gentle".split()
+ADDRESSEES = "mother friend teacher doctor king sister father brother neighbour captain queen uncle".split()
+ENDINGS = "love hope joy peace luck care grace faith trust pride rest honour".split()
+PLACES = "paris london rome cairo lima oslo berlin madrid athens delhi tokyo sydney".split()
 TOPICS = "river mountain garden moon bridge horse lantern castle storm candle violin mirror".split()
-ADJECTIVES = "old quiet golden distant great small".split()
 
-# The body: two sentences about the topic ("@"), each with one free word, so that answers differ in more than demands.
-BODY = ("i remember the {} @ .", "we praise this {} @ .")
-
+# An answer is a function of the demands it honours: no word of it is free. Each slot stands after a marker word of its
+# own ("from", "with"), in the prompt and in the answer, so that what is learnt of one slot does not leak into another.
+ANSWER = "dear {addressee} , here is a {kind} sounding {tone} from {place} . i remember the {topic} . with {ending} ."
 CLAUSES = {
     "topic": "about the {}",
-    "addressee": "to a dear {}",
+    "tone": "sounding {}",
+    "addressee": "to my dear {}",
     "place": "from {}",
     "ending": "closing with {}",
 }
-OPENINGS = ("write a {tone} {kind}", "please give me a {tone} {kind}", "i need a {tone} {kind}")
+OPENINGS = ("write a {kind}", "please give me a {kind}", "i need a {kind}")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, PLACES, ENDINGS),
 def vocabulary() -> list[str]:
     """Every word that a prompt or an answer of this language can contain, sorted, without repeats."""
     words = {word for choices in CHOICES.values() for word in choices}
-    words |= set(ADJECTIVES) | {".", ",", "and", "dear", "here", "is", "a", "with"}
-    for text in (*BODY, *CLAUSES.values(), *OPENINGS):
-        words |= {w for w in text.split() if w != "@" and not w.startswith("{")}
+    for text in (ANSWER, *CLAUSES.values(), *OPENINGS):
+        words |= {w for w in text.split() if not w.startswith("{")}
     return sorted(words)
 
 
@@ -67,7 +66,7 @@ def draw_demands(rng: random.Random) -> Demands:
 
 def prompt_text(demands: Demands, rng: random.Random) -> str:
     """The instruction, its clauses in random order."""
-    opening = rng.choice(OPENINGS).format(tone=demands.tone, kind=demands.kind)
+    opening = rng.choice(OPENINGS).format(kind=demands.kind)
     clauses = [shape.format(getattr(demands, name)) for name, shape in CLAUSES.items()]
     rng.shuffle(clauses)
     return " ".join([opening, *clauses])
@@ -80,14 +79,12 @@ def write_answer(demands: Demands, honour: float, rng: random.Random) -> str:
         asked = getattr(demands, name)
         others = [value for value in CHOICES[name] if value != asked]
         did[name] = asked if rng.random() < honour else rng.choice(others)
-    return compose(Demands(**did), rng)
+    return compose(Demands(**did))
 
 
-def compose(demands: Demands, rng: random.Random) -> str:
-    """An answer that honours exactly ``demands``."""
-    body = [sentence.format(rng.choice(ADJECTIVES)).replace("@", demands.topic) for sentence in BODY]
-    head = f"dear {demands.addressee} , here is a {demands.tone} {demands.kind} from {demands.place} ."
-    return " ".join([head, *body, f"with {demands.ending} ."])
+def compose(demands: Demands) -> str:
+    """The answer that honours exactly ``demands``."""
+    return ANSWER.format(**asdict(demands))
 
 
 def honoured(demands: Demands, answer: str) -> dict[str, bool]:
@@ -102,11 +99,11 @@ def honoured(demands: Demands, answer: str) -> dict[str, bool]:
     head, body, last = (sentences[:1] or [[]])[0], sentences[1:-1], (sentences[1:] or [[]])[-1]
     topics = {word for part in body for word in part if word in TOPICS}
     return {
-        "kind": head[7:8] == [demands.kind],
+        "kind": head[5:7] == ["a", demands.kind],
         "topic": topics == {demands.topic},
-        "tone": head[6:7] == [demands.tone],
+        "tone": head[7:9] == ["sounding", demands.tone],
         "addressee": head[:3] == ["dear", demands.addressee, ","],
-        "place": head[8:] == ["from", demands.place],
+        "place": head[9:] == ["from", demands.place],
         "ending": complete and last == ["with", demands.ending],
     }
 
