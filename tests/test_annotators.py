@@ -164,7 +164,7 @@ def test_gold_is_joined_by_prompt_and_not_by_position(tmp_path):
     seen = set()
     prompts = [embedded._prompt(rng, seen) for _ in range(4)]
     made = [
-        {"sample_id": f"{i}", "prompt_id": p["prompt_id"], "text": world.compose(embedded.demands_of(p), rng)}
+        {"sample_id": f"{i}", "prompt_id": p["prompt_id"], "text": world.compose(embedded.demands_of(p))}
         for i, p in enumerate(prompts)
     ]
     (tmp_path / "sample").mkdir()

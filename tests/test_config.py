@@ -345,7 +345,7 @@ OTHER = {
     "setting.heldout_share": 0.3,
     "setting.prompt_sets.3": None,  # of another number of iterations
     "setting.model.hidden": 256,
-    "setting.model.heads": 4,
+    "setting.model.heads": 2,
     "setting.training.full.learning_rate": None,  # of another recipe
     "setting.training.full.epochs": None,
     "setting.training.full.batch_size": None,
