@@ -3,110 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from store_fixtures import STAGES, calls, kinds, new_store, stage, tree
 
 from align_loop.errors import UserError
 from align_loop.launch import inline, process
 from align_loop.stage import RowsLost
 from align_loop.store import Artifact, Stage, Store, read_manifest
-
-STAGES = '''
-import time
-from pathlib import Path
-from align_loop.errors import UserError
-from align_loop.stage import RowsLost
-
-FACTOR = 2
-ERRORS = {"value": ValueError("shapes differ"), "user": UserError("row 3 is empty"), "rows": RowsLost("lost")}
-
-def make(config, inputs, context):
-    """Write every input's text and the configured text; count the call in a file that isn't keyed."""
-    with open(Path(__file__).with_suffix(".calls"), "a") as handle:
-        handle.write(context.name + "\\n")
-    data = "".join(read(path) for _, path in sorted(inputs.items()))
-    (context.out / "data.txt").write_text(data + config["text"])
-    context.rows("answers", into=3, out=2, dropped={"empty": 1})
-    context.tokens(7)
-    context.fact("engine", "none")
-
-def read(path):
-    file = path if path.is_file() else path / "data.txt"
-    return file.read_text() if file.exists() else ""
-
-def length(config, inputs, context):
-    (context.out / "data.txt").write_text(str(len(read(inputs["data"]))))
-
-def train(config, inputs, context):
-    context.log({"loss": 1.0})
-    (context.out / "model").mkdir()
-    (context.out / "model" / "data.txt").write_text("weights")
-    (context.out / "flags.txt").write_text(config["text"])
-
-def fails(config, inputs, context):
-    context.log({"loss": 1.0})
-    (context.out / "half.txt").write_text("half")
-    raise ERRORS[config["error"]]
-
-def slow(config, inputs, context):
-    """Stops in the middle until the file ``go`` is there."""
-    (context.out / "half.txt").write_text("half")
-    base = Path(__file__)
-    base.with_suffix(".started").write_text("")
-    while not base.with_suffix(".go").exists():
-        time.sleep(0.02)
-    make(config, inputs, context)
-'''
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch) -> Path:
-    """The file of a fresh module of stage functions, importable here and in workers."""
-    file = tmp_path / f"store_stages_{next(_numbers)}.py"
-    file.write_text(STAGES)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    return file
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return new_store(tmp_path)
-
-
-def new_store(tmp_path: Path, **options) -> Store:
-    return Store(tmp_path / "store", tmp_path / "run", options.pop("launcher", inline.run), **options)
-
-
-def calls(module: Path) -> list[str]:
-    file = module.with_suffix(".calls")
-    return file.read_text().split() if file.exists() else []
-
-
-def stage(module: Path, name: str = "iteration-1/sample", function: str = "make", **fields) -> Stage:
-    defaults = {"config": {"text": "x", "training": {"learning_rate": 3e-5}}, "seed": 0}
-    return Stage(name=name, run=f"{module.stem}:{function}", **(defaults | fields))
-
-
-def tree(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def kinds(store: Store) -> list[str]:
-    return [event.kind for event in store.events]
 
 
 def test_a_stage_runs_once_and_the_same_command_again_runs_nothing(module, tmp_path, store):
@@ -375,93 +285,3 @@ def test_planning_creates_nothing(module, tmp_path):
         ("stale", "waits for sample"),
     ]
     assert tree(tmp_path) == before and len(calls(module)) == 2
-
-
-# Several processes
-
-DRIVER = """
-import sys
-from pathlib import Path
-from align_loop.launch import process
-from align_loop.store import Stage, Store
-base, module = Path(sys.argv[1]), sys.argv[2]
-store = Store(base / "store", base / "run", process.run, on_event=lambda event: print(event.kind, flush=True))
-made = store.run(Stage("iteration-1/sample", f"{module}:slow", {"text": "x"}, seed=0))
-print(made.digest)
-"""
-
-
-@pytest.fixture
-def start(module):
-    """Starts a process that runs the slow stage; whatever still runs when the test ends is killed."""
-    started = []
-
-    def start_one() -> subprocess.Popen:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-        command = [sys.executable, "-c", DRIVER, str(module.parent), module.stem]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start_one
-    for driver in started:
-        driver.kill()
-        driver.wait()
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def test_killed_in_the_middle_and_started_again(module, tmp_path, start):
-    first = start()
-    wait_for(module.with_suffix(".started").exists)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert list((tmp_path / "store").glob(".tmp-*"))
-    assert new_store(tmp_path, dry_run=True).plan(stage(module, function="slow"))[0] == "to run"
-    module.with_suffix(".go").write_text("")
-    output, _ = start().communicate(timeout=30)
-    assert output.split()[:2] == ["running", "ran"]
-    assert calls(module) == ["iteration-1/sample"]
-    [made] = (tmp_path / "store").glob("[!.]*-*")
-    assert tree(made) == ["data.txt", "half.txt", "manifest.json"]
-    assert sorted(os.listdir(tmp_path / "store")) == [".locks", made.name]
-
-
-def test_leftovers_of_other_stages_go_too_but_not_those_of_living_processes(module, tmp_path, start):
-    living = start()
-    wait_for(module.with_suffix(".started").exists)
-    dead = tmp_path / "store" / ".tmp-0123456789ab-1" / "out"
-    dead.mkdir(parents=True)
-    new_store(tmp_path).run(stage(module, "other"))
-    assert not dead.parent.exists()
-    module.with_suffix(".go").write_text("")
-    assert living.communicate(timeout=30)[0].split()[:2] == ["running", "ran"]
-    assert living.returncode == 0
-
-
-def test_two_processes_on_one_stage_make_it_once(module, start):
-    first = start()
-    wait_for(module.with_suffix(".started").exists)
-    second = start()
-    assert second.stdout.readline() == "waiting\n"
-    module.with_suffix(".go").write_text("")
-    outputs = [worker.communicate(timeout=30)[0].split() for worker in (first, second)]
-    assert outputs[0][:2] == ["running", "ran"] and outputs[1][0] == "cached"
-    assert outputs[0][-1] == outputs[1][-1]
-    assert calls(module) == ["iteration-1/sample"]
-
-
-def test_a_waiting_process_takes_over_from_a_killed_one(module, tmp_path, start):
-    first = start()
-    wait_for(module.with_suffix(".started").exists)
-    second = start()
-    assert second.stdout.readline() == "waiting\n"
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    module.with_suffix(".go").write_text("")
-    assert second.communicate(timeout=30)[0].split()[:2] == ["running", "ran"]
-    assert not list((tmp_path / "store").glob(".tmp-*"))

@@ -40,8 +40,12 @@ _env = {
 @contextmanager
 def _guest(threads: int | None) -> Iterator[None]:
     """Everything vLLM does happens in here, and the process is afterwards as it was."""
-    guest = surroundings.environment(_env), surroundings.threads(threads), surroundings.global_state()
-    with guest[0], guest[1], guest[2], warnings.catch_warnings():
+    with (
+        surroundings.environment(_env),
+        surroundings.threads(threads),
+        surroundings.global_state(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch
         yield
 
