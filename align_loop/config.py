@@ -111,6 +111,7 @@ class Config:
     noise: Any = field(metadata=PART)
     updater: Updater
     evaluator: Any = field(metadata=PART)
+    guard: Any = field(metadata=PART)
     loop: Loop
     schedule: Schedule
     tracking: Tracking

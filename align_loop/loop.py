@@ -13,7 +13,7 @@ from typing import Any
 
 from align_loop.config import Config, Step, steps
 from align_loop.errors import UserError
-from align_loop.evaluators.drift import DriftGuard
+from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
 from align_loop.parts import node_of, plain
@@ -193,9 +193,11 @@ class Run:
     def _row(self, policy: Policy) -> dict[str, Any]:
         """The policy's line of ``metrics.jsonl``."""
         measured = read_evaluation(policy.evaluation.path)
+        initial = read_evaluation(self.initial.evaluation.path)
+        measured["implausible_share"] = implausible_share(initial["initial_logps"], measured["initial_logps"])
         if policy.round.get("sample"):
             measured |= measure_pairs(policy.round["pairs"].path, policy.round["train"].path)
-            self.drift = self.drift or DriftGuard().check(self._baseline(measured), measured)
+            self.drift = self.drift or self.config.guard.check(self._baseline(measured), measured)
         manifests = [read_manifest(stage.path) for stage in policy.stages]
         row = {"policy": policy.name, "iteration": policy.iteration}
         row |= {key: measured.get(key) for key in METRICS}
@@ -312,6 +314,7 @@ METRICS = (
     "mean_answer_tokens",
     "truncated_share",
     "distinct_2",
+    "implausible_share",
     "kl_from_initial",
     "logp_chosen",
     "logp_rejected",

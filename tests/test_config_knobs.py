@@ -18,7 +18,11 @@ NOT_KEYED = {
     "loop.until": "loop: where the walk ends",
     "loop.stop_on_drift": "loop: whether a drift ends the walk",
 }
-NOT_KEYED_GROUPS = {"hardware": "runner.resolve_hardware, for the launcher", "tracking": "tracking.wandb.Tracking"}
+NOT_KEYED_GROUPS = {
+    "hardware": "runner.resolve_hardware, for the launcher",
+    "tracking": "tracking.wandb.Tracking",
+    "guard": "loop: judges what the evaluations measured",
+}
 
 # Another right value, where adding to the present one would be wrong.
 OTHER = {

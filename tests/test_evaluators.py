@@ -14,7 +14,7 @@ from align_loop.annotators.implicit_reward import answer_logprobs
 from align_loop.annotators.stage import GOLD
 from align_loop.builders.stage import DROPPED
 from align_loop.evaluators import pairs
-from align_loop.evaluators.drift import DriftGuard
+from align_loop.evaluators.drift import DriftGuard, implausible_share
 from align_loop.evaluators.policy import evaluate, measure, read_evaluation
 from align_loop.evaluators.statistics import (
     Z95_ONE_SIDED,
@@ -88,7 +88,10 @@ def test_precision_recall():
 
 # --- the metrics of a policy ------------------------------------------------------------------------------------
 
-ANSWER_ROWS = [{"token_ids": [5, 6, 2], "finish_reason": "stop"}, {"token_ids": [5], "finish_reason": "length"}]
+ANSWER_ROWS = [
+    {"prompt_id": "p", "token_ids": [5, 6, 2], "finish_reason": "stop"},
+    {"prompt_id": "q", "token_ids": [5], "finish_reason": "length"},
+]
 HELDOUT = [{"example_id": e} for e in "abc"]
 LOGPS = {  # two answers, then chosen and rejected of a, b, c
     "policy": [-1.0, -2.0, -3.0, -9.0, -5.0, -5.0, -4.0, -4.0],
@@ -107,6 +110,7 @@ def test_measure():
     assert (metrics["mean_answer_tokens"], metrics["truncated_share"], metrics["distinct_2"]) == (2, 0.5, 1)
     assert metrics["kl_from_initial"] == pytest.approx((1.0 + 0.5) / 2)  # of the policy's own answers alone
     assert metrics["logp_chosen"] == pytest.approx(-4) and metrics["logp_rejected"] == pytest.approx(-6)
+    assert metrics["initial_logps"] == {"p": pytest.approx(-2 / 3), "q": -2.5} and metrics["answers"] == 2
     json.dumps(metrics, allow_nan=False)
 
 
@@ -116,7 +120,7 @@ def test_what_is_not_known_is_null():
     assert metrics["judge_accuracy"] is None and metrics["heldout"] == {}  # the initial policy has no rewards
     assert metrics["gold_reward"] is None and metrics["win_rate_vs_sft"] is None and metrics["kl_from_initial"] == 0
     nothing = measure([], [], {"policy": [], "initial": []}, {})
-    assert {k: v for k, v in nothing.items() if v is not None} == {"heldout": {}}
+    assert {k: v for k, v in nothing.items() if v is not None} == {"heldout": {}, "answers": 0, "initial_logps": {}}
     only_answers = measure(ANSWER_ROWS, [], {k: v[:2] for k, v in LOGPS.items()}, {"gold": {"p": 1.0}})
     assert only_answers["logp_chosen"] is None and only_answers["win_rate_vs_sft"] is None
 
@@ -203,9 +207,13 @@ def test_without_gold_nothing_is_claimed():
 # --- the drift guard --------------------------------------------------------------------------------------------
 
 
-def state(right, total=50, cut=0.1, distinct=0.4):
+def state(right, total=50, cut=0.1, distinct=0.4, implausible=0.0):
     heldout = {f"e{i:02}": float(i < right) for i in range(total)}
-    return {"heldout": heldout, "truncated_share": cut, "distinct_2": distinct}
+    answers = {"truncated_share": cut, "distinct_2": distinct, "implausible_share": implausible, "answers": 128}
+    return {"heldout": heldout, **answers}
+
+
+NO_ANSWERS = {"truncated_share": None, "distinct_2": None, "implausible_share": None, "answers": 0}
 
 
 @pytest.mark.parametrize(
@@ -222,12 +230,31 @@ def state(right, total=50, cut=0.1, distinct=0.4):
         (state(34), state(30), None),  # a little lower than before
         (state(34), state(33, cut=0.5, distinct=0.2), None),  # on the border of each
         (state(26), state(25), None),  # a judge no better than a coin is not yet worse
-        ({**state(0), "heldout": {}}, {**state(0), "heldout": {}, "truncated_share": None, "distinct_2": None}, None),
+        (state(34), state(34, implausible=21 / 128), "hardly give 16% of the answers (95 % bound: 12%)"),
+        (state(34), state(34, implausible=16 / 128), None),  # more than a tenth, but that may be chance
+        ({**state(0), "heldout": {}}, {"heldout": {}, **NO_ANSWERS}, None),
     ],
 )
 def test_what_trips_the_guard(before, now, said):
     found = DriftGuard().check(before, now)
     assert found is None if said is None else said in found
+
+
+def test_the_implausible_share_is_measured_on_the_initial_policys_own_answers():
+    own = {f"p{i}": -i / 100 for i in range(201)}  # its 1 % quantile: the third lowest, -1.98
+    assert implausible_share(own, own) == pytest.approx(2 / 201)
+    assert implausible_share(own, {"p1": -1.98, "p2": -1.985, "p3": 0.0, "p4": -50.0}) == 0.5
+    assert implausible_share(own, {}) is None and implausible_share({}, own) is None
+
+
+@pytest.mark.parametrize("field", ["margin", "most_cut", "least_distinct", "most_implausible"])
+def test_the_guards_limits_are_shares(field):
+    with pytest.raises(ValueError, match=f"guard.{field}=1.5 must be in"):
+        DriftGuard(**{field: 1.5})
+    before, now = state(40), state(25, cut=0.6, distinct=0.1, implausible=0.5)
+    others = {"margin": 1, "most_cut": 1, "least_distinct": 0, "most_implausible": 1}
+    assert DriftGuard(**others).check(before, now) is None
+    assert DriftGuard(**{k: v for k, v in others.items() if k != field}).check(before, now) is not None
 
 
 def test_a_fall_within_the_margin_never_trips_however_certain():

@@ -57,7 +57,8 @@ def measure(
     ``logps``: for ``policy`` and ``initial`` the log-probs (nats) of the answers, then of the held-out labels' chosen
     and rejected sides in turn. ``gold``: prompt id -> gold reward in [0, 1], for this policy and those it is held
     against. Judge accuracy: how often the implicit reward prefers the chosen side (Selfie, equation 7); null for the
-    initial policy, whose rewards are all 0.
+    initial policy, whose rewards are all 0. ``initial_logps``: prompt id -> the answer's mean log-prob per token under
+    the initial policy (see ``drift.implausible_share``).
     """
     n = len(answers)
     rewards = [p - i for p, i in zip(logps["policy"], logps["initial"], strict=True)]
@@ -83,6 +84,12 @@ def measure(
         "logp_chosen": fmean(logps["policy"][n::2]) if heldout else None,
         "logp_rejected": fmean(logps["policy"][n + 1 :: 2]) if heldout else None,
         "heldout": judged,
+        "answers": n,
+        "initial_logps": {
+            row["prompt_id"]: logp / len(row["token_ids"])
+            for row, logp in zip(answers, logps["initial"][:n], strict=True)
+            if row["token_ids"]
+        },
     }
 
 

@@ -60,9 +60,10 @@ PLOTS = [
          {"flag_share": "pairs flagged", "flag_precision": "precision", "flag_recall": "recall"}, (0, 1)),
     Plot("length", "Answer length", "Mean length of the answers to the evaluation prompts.", "tokens per answer",
          {"mean_answer_tokens": "tokens"}, (0, None)),
-    Plot("shape", "Cut-off and repetition", "Share of answers cut at the token limit, and share of distinct bigrams: "
-         "a rise of the one or a fall of the other is an early sign of collapse.", "share",
-         {"truncated_share": "answers cut off", "distinct_2": "distinct bigrams"}, (0, 1)),
+    Plot("shape", "Signs of collapse", "Share of answers cut at the token limit, of answers that the initial policy "
+         "finds less likely than 99\u00a0% of its own, and of distinct bigrams: a rise of the first two or a fall of "
+         "the third is an early sign of collapse.", "share",
+         {"truncated_share": "cut off", "implausible_share": "implausible", "distinct_2": "distinct bigrams"}, (0, 1)),
     Plot("kl", "Distance from the initial policy", "KL divergence of the policy from the initial one.",
          "KL (nats per answer)", {"kl_from_initial": "KL"}, (0, None)),
     Plot("logp", "Likelihood of the pairs", "Mean log-probability of the chosen and the rejected answers. Both falling "

@@ -75,6 +75,7 @@ COLUMNS = [
     Column("mean_answer_tokens", ("tokens/", "answer"), number("mean_answer_tokens", 1), 3),
     Column("truncated_share", ("cut", "off"), percent("truncated_share"), 4),
     Column("distinct_2", ("distinct", "2-grams"), percent("distinct_2"), 10),
+    Column("implausible_share", ("implau-", "sible"), percent("implausible_share"), 8),
     Column("kl_from_initial", ("KL", "nats"), number("kl_from_initial", 2), 3),
     Column("logp_chosen", ("logp", "chosen"), number("logp_chosen", 1), 11),
     Column("logp_rejected", ("logp", "rejected"), number("logp_rejected", 1), 11),
