@@ -12,7 +12,8 @@ demo: install ## the main job on this machine: Selfie's loop in the embedded set
 test: install lint ## at most 20 minutes
 	$(python) -m pytest -m "not full"
 
-test-full: install ## the longer checks
+test-full: install ## at most 50 minutes; installs SLURM where it is missing (Debian or Ubuntu, root)
+	scripts/local_slurm install
 	$(python) -m pytest -m full
 
 lint: install
