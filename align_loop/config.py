@@ -133,11 +133,16 @@ def from_node(node: dict[str, Any]) -> Config:
     return config
 
 
+def roles_of(part: Any) -> dict[str, str]:
+    """The models that an annotator or shaper reads: name -> role; a part without ``roles()`` reads none."""
+    return part.roles() if hasattr(part, "roles") else {}
+
+
 def stage_names(config: Config) -> list[str]:
     """Every stage of the run, in order: what ``loop.until`` may name."""
     gold = config.setting.has_gold
     measured = ["answers", *(["answers-gold"] if gold else []), "evaluate"]
-    own = ["sample", "annotate", *(["gold"] if gold else []), "pairs"]
+    own = ["sample", *(["gold"] if gold else []), "annotate", "pairs"]
     names = ["data", *([] if config.setting.pretrained else ["start"])]
     names += [] if config.setting.chat_template is None else ["template"]
     names += [] if config.trains_sft else [f"initial/{part}" for part in measured]
@@ -196,10 +201,13 @@ def _check_references(config: Config) -> None:
     unrolled = steps(config)
     trained = [s for s in unrolled if s.data in ("seed", "all_labels")]
     on_policy = any(s.data == "on_policy" for s in unrolled)
-    for name, role in config.annotator.roles().items() if on_policy else ():
-        if role not in ROLES and not Path(role).is_dir():
-            raise UserError(f"annotator.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
-    reference = config.annotator.roles().get("reference")
+    readers = {"annotator": config.annotator} if on_policy else {}
+    readers |= {f"shapers.{name}": shaper for name, shaper in config.shapers.items()}
+    for part, reader in readers.items():
+        for name, role in roles_of(reader).items():
+            if role not in ROLES and not Path(role).is_dir():
+                raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
+    reference = roles_of(config.annotator).get("reference")
     if on_policy and reference == "policy":
         raise UserError("annotator.reference=policy: the judge held against itself gives 0 for all; take initial")
     if on_policy and not trained and reference in ("initial", "previous"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align_loop.config import Config, Step, steps
+from align_loop.config import Config, Step, roles_of, steps
 from align_loop.errors import UserError
 from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
@@ -124,37 +124,54 @@ class Run:
         """Training pairs from people's labels."""
         table = {"seed": "seed", "all_labels": "all_labels"}[step.data]
         inputs = {"preferences": self._table(table), "tokenizer": start.model}
-        return self._pairs_stage(step, "labelled", {}, inputs)
+        return self._pairs_stage(step, start, "labelled", {}, inputs)
 
     def _own_pairs(self, step: Step, policy: Policy, iteration: int) -> dict[str, Artifact]:
         """Training pairs that the policy makes itself: sampled, judged and paired on this iteration's prompts."""
         prompts = self._table(f"prompts-{iteration}")
         answers = self._sample(f"{step.name}/sample", policy.model, prompts, iteration, {})
         annotator = self.config.annotator
-        models = {name: self._role(role, policy) for name, role in annotator.roles().items()}
-        config = {"annotator": node_of(annotator), "dtype": self.config.setting.dtype}
+        models = {name: self._role(role, policy) for name, role in roles_of(annotator).items()}
+        config = {"annotator": node_of(annotator), "dtype": self.config.setting.dtype, "seed": self.config.seed}
+        gold = {}
+        if self.config.setting.has_gold:
+            gold["gold"] = self._gold(f"{step.name}/gold", answers, prompts)
         scores = self._stage(
             f"{step.name}/annotate",
             "align_loop.annotators.stage:annotate",
             config,
-            {"answers": answers, **models},
+            {
+                "answers": answers,
+                "prompts": prompts,
+                **models,
+                **(gold if getattr(annotator, "needs_gold", False) else {}),
+            },
             parts=[config["annotator"]["_target_"]],
         )
-        tables = {"sample": answers, "annotate": scores}
-        inputs = {"prompts": prompts, "answers": answers, "scores": scores}
-        if self.config.setting.has_gold:
-            inputs["gold"] = tables["gold"] = self._gold(f"{step.name}/gold", answers, prompts)
+        inputs = {"prompts": prompts, "answers": answers, "scores": scores, "tokenizer": policy.model, **gold}
         builder = node_of(self.config.builder)
-        tables["pairs"] = self._pairs_stage(step, "on_policy", {"builder": builder}, inputs, [builder["_target_"]])
-        return tables
+        pairs = self._pairs_stage(step, policy, "on_policy", {"builder": builder}, inputs, [builder["_target_"]])
+        return {"sample": answers, "annotate": scores, "pairs": pairs, **gold}
 
     def _pairs_stage(
-        self, step: Step, kind: str, config: dict[str, Any], inputs: dict[str, Artifact], parts: list[str] | None = None
+        self,
+        step: Step,
+        policy: Policy,
+        kind: str,
+        config: dict[str, Any],
+        inputs: dict[str, Artifact],
+        parts: list[str] | None = None,
     ) -> Artifact:
         shapers = {name: node_of(shaper) for name, shaper in self.config.shapers.items()}
+        models = {
+            f"{name}.{key}": self._role(role, policy)
+            for name, shaper in self.config.shapers.items()
+            for key, role in roles_of(shaper).items()
+        }
         used = [*(parts or []), *(node["_target_"] for node in shapers.values())]
-        config = {**config, "shapers": shapers}
-        return self._stage(f"{step.name}/pairs", f"align_loop.builders.stage:{kind}", config, inputs, parts=used)
+        config = {**config, "shapers": shapers, "dtype": self.config.setting.dtype, "seed": self.config.seed}
+        run = f"align_loop.builders.stage:{kind}"
+        return self._stage(f"{step.name}/pairs", run, config, {**inputs, **models}, parts=used)
 
     # --- evaluation -------------------------------------------------------------------------------------------
 

@@ -77,6 +77,19 @@ SCORES = pa.schema(
     ]
 )
 
+# Comparisons of two answers to one prompt: ``p_first`` is the probability that the first is the better one.
+PAIRWISE = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("first_sample_id", pa.string()),
+        ("second_sample_id", pa.string()),
+        ("p_first", pa.float64()),
+    ]
+)
+
+# The true quality of answers, in [0, 1], where a setting knows it.
+GOLD = pa.schema([("sample_id", pa.string()), ("prompt_id", pa.string()), ("gold", pa.float64())])
+
 # Training pairs. ``q``: probability that the first answer is the better one; ``m``: margin in reward units;
 # ``w``: weight; ``beta``: null for the objective's. ``chosen_ids``/``rejected_ids`` end with an EOS id only
 # where one was generated (or a person wrote the answer). ``truncated`` says which side was cut at the limit.
@@ -145,6 +158,11 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 def read_rows(path: Path) -> list[Row]:
     """All rows of a Parquet table as dictionaries, in file order."""
     return pq.read_table(path).to_pylist()
+
+
+def gold_by_sample(stage: Path) -> dict[str, float]:
+    """Sample id -> gold, from the folder of a stage that wrote ``gold.parquet``."""
+    return {row["sample_id"]: row["gold"] for row in read_rows(stage / "gold.parquet")}
 
 
 def open_table(path: Path):

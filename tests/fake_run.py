@@ -7,11 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+from align_loop.record import ANSWERS, EXAMPLES, FLAGS, GOLD, PROMPTS, SCORES, prompt_id, short_digest, write_table
 
-from align_loop.record import ANSWERS, EXAMPLES, FLAGS, PROMPTS, SCORES, prompt_id, short_digest, write_table
-
-GOLD = pa.schema([("sample_id", pa.string()), ("prompt_id", pa.string()), ("gold", pa.float64())])
 HOSTILE = [
     "<script>alert('owned')</script><img src=x onerror=alert(1)>",
     "\x1b[2J\x1b[31mred\x07 and \u202eolleh\u202c <|im_end|> </s> [INST]",

@@ -8,10 +8,11 @@ from tiny import EOS_ID, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from align_loop.annotators.implicit_reward import ImplicitReward
+from align_loop.annotators.job import Job
 from align_loop.annotators.stage import annotate, gold
 from align_loop.errors import UserError
 from align_loop.prompts import embedded, world
-from align_loop.record import ANSWERS, PROMPTS, read_rows, short_digest, write_table
+from align_loop.record import ANSWERS, GOLD, PROMPTS, read_rows, short_digest, write_table
 from align_loop.stage import RowsLost, StageContext
 
 
@@ -54,7 +55,7 @@ def naive_logprob(folder, row):
 
 def score(models, rows, tmp_path, budget=16384, **config):
     context = StageContext("annotate", tmp_path, hardware={"device": "cpu", "score_token_budget": budget}, quiet=True)
-    return ImplicitReward(**config).annotate(rows, models, "float32", context), context
+    return ImplicitReward(**config).annotate(Job([], rows, models, "float32", 0, context)).scores, context
 
 
 def test_the_reward_is_beta_times_the_difference_of_summed_log_probs(models, tmp_path):
@@ -128,8 +129,9 @@ def test_the_stage_writes_scores_in_the_order_of_answers(models, tmp_path):
     (tmp_path / "sample").mkdir()
     write_table(tmp_path / "sample" / "answers.parquet", made_answers(), ANSWERS)
     node = {"_target_": "align_loop.annotators.implicit_reward.ImplicitReward", "reference": "initial", "beta": 0.1}
-    inputs = {"answers": tmp_path / "sample", **models}
-    report = run_stage(annotate, {"annotator": node, "dtype": "float32"}, inputs, tmp_path / "out")
+    write_table(tmp_path / "prompts.parquet", [], PROMPTS)
+    inputs = {"answers": tmp_path / "sample", "prompts": tmp_path / "prompts.parquet", **models}
+    report = run_stage(annotate, {"annotator": node, "dtype": "float32", "seed": 0}, inputs, tmp_path / "out")
     scores = read_rows(tmp_path / "out" / "scores.parquet")
     assert [s["sample_id"] for s in scores] == [a["sample_id"] for a in made_answers()]
     assert report["rows"]["answers"] == {"in": 15, "out": 15, "dropped": {}}
@@ -137,13 +139,17 @@ def test_the_stage_writes_scores_in_the_order_of_answers(models, tmp_path):
 
 SKIPPER = """
 from dataclasses import dataclass
+from align_loop.annotators.job import Annotation
 
 @dataclass
 class Skipper:
-    def roles(self):
-        return {}
-    def annotate(self, answers, models, dtype, context):
-        return [{"sample_id": a["sample_id"], "prompt_id": a["prompt_id"], "reward": 1.0} for a in answers[3::-1]]
+    needs_gold = True
+    def annotate(self, job):
+        rows = [dict(sample_id=a["sample_id"], prompt_id=a["prompt_id"], reward=job.gold[a["sample_id"]])
+                for a in job.answers[3::-1]]
+        first, second = rows[0]["sample_id"], rows[1]["sample_id"]
+        pair = dict(prompt_id=rows[0]["prompt_id"], first_sample_id=first, second_sample_id=second, p_first=0.75)
+        return Annotation(rows, [pair])
 """
 
 
@@ -152,11 +158,18 @@ def test_answers_that_an_annotator_leaves_out_are_counted(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "sample").mkdir()
     write_table(tmp_path / "sample" / "answers.parquet", made_answers(), ANSWERS)
-    config = {"annotator": {"_target_": "skipper.Skipper"}, "dtype": "float32"}
-    report = run_stage(annotate, config, {"answers": tmp_path / "sample"}, tmp_path / "out")
+    (tmp_path / "gold").mkdir()
+    write_table(tmp_path / "prompts.parquet", [], PROMPTS)
+    golds = [{"sample_id": a["sample_id"], "prompt_id": "p", "gold": i / 20} for i, a in enumerate(made_answers())]
+    write_table(tmp_path / "gold" / "gold.parquet", golds, GOLD)
+    config = {"annotator": {"_target_": "skipper.Skipper"}, "dtype": "float32", "seed": 0}
+    inputs = {"answers": tmp_path / "sample", "prompts": tmp_path / "prompts.parquet", "gold": tmp_path / "gold"}
+    report = run_stage(annotate, config, inputs, tmp_path / "out")
     assert report["rows"]["answers"] == {"in": 15, "out": 4, "dropped": {"not scored": 11}}
     scores = read_rows(tmp_path / "out" / "scores.parquet")
     assert [s["sample_id"] for s in scores] == [a["sample_id"] for a in made_answers()[:4]]
+    assert [s["reward"] for s in scores] == [0, 0.05, 0.1, 0.15]
+    assert [row["p_first"] for row in read_rows(tmp_path / "out" / "pairwise.parquet")] == [0.75]
 
 
 def test_gold_is_joined_by_prompt_and_not_by_position(tmp_path):

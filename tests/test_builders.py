@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EOS_ID, tiny_tokenizer
 
-from align_loop.annotators.stage import GOLD
-from align_loop.builders.best_worst import ONE_ANSWER, TIE, BestWorst
+from align_loop.builders.best_worst import BestWorst
 from align_loop.builders.human import from_preferences
+from align_loop.builders.pair import ONE_ANSWER, TIE
 from align_loop.builders.stage import labelled, on_policy
-from align_loop.record import ANSWERS, EXAMPLES, PREFERENCES, PROMPTS, SCORES, read_rows, write_table
+from align_loop.groups import groups_of
+from align_loop.record import ANSWERS, EXAMPLES, GOLD, PAIRWISE, PREFERENCES, PROMPTS, SCORES, read_rows, write_table
 from align_loop.render import Renderer
 from align_loop.stage import StageContext
 
@@ -41,11 +42,16 @@ def table(groups):
     return prompts, answers, scores
 
 
+def built(prompts, answers, scores):
+    rows = [{"sample_id": s, "prompt_id": s, "reward": r} for s, r in scores.items()]
+    return BestWorst().build(groups_of(prompts, answers, rows), seed=0)
+
+
 @given(GROUPS)
 @settings(max_examples=200, deadline=None)
 def test_invariants_of_best_against_worst(groups):
     prompts, answers, scores = table(groups)
-    pairs, dropped = BestWorst().build(prompts, answers, scores)
+    pairs, dropped = built(prompts, answers, scores)
     assert len(pairs) + sum(dropped.values()) == len(prompts)
     assert [p["prompt_id"] for p in pairs] == [p["prompt_id"] for p in prompts if p["prompt_id"] in paired(groups)]
     by_sample = {a["sample_id"]: a for a in answers}
@@ -72,17 +78,17 @@ def paired(groups):
 def test_the_order_of_answers_changes_nothing(groups, rng):
     prompts, answers, scores = table(groups)
     shuffled = rng.sample(answers, len(answers))
-    assert BestWorst().build(prompts, answers, scores) == BestWorst().build(prompts, shuffled, scores)
+    assert built(prompts, answers, scores) == built(prompts, shuffled, scores)
 
 
 def test_each_reason_for_no_pair():
     groups = [[], [None], [1.0], [1.0, None], [1.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0]]
-    pairs, dropped = BestWorst().build(*table(groups))
+    pairs, dropped = built(*table(groups))
     assert len(pairs) == 1 and dropped == {"no answer": 2, ONE_ANSWER: 2, TIE: 2}
 
 
 def test_equal_scores_are_taken_by_k():
-    (pair,), _ = BestWorst().build(*table([[2.0, 1.0, 2.0, 1.0]]))
+    (pair,), _ = built(*table([[2.0, 1.0, 2.0, 1.0]]))
     assert (pair["chosen_sample_id"], pair["rejected_sample_id"]) == ("s0-0", "s0-3")
 
 
@@ -98,7 +104,8 @@ def build(tmp_path, stage, config, inputs):
     out = tmp_path / "out"
     out.mkdir()
     context = StageContext("pairs", out, quiet=True)
-    stage(config, inputs, context)
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    stage({"dtype": "float32", "seed": 0, **config}, {"tokenizer": tmp_path / "tokenizer", **inputs}, context)
     return read_rows(out / "examples.parquet"), read_rows(out / "dropped.parquet"), context.report["rows"]
 
 
@@ -111,6 +118,7 @@ def on_disk(tmp_path, groups, gold=True):
     write_table(tmp_path / "prompts.parquet", prompts, PROMPTS)
     write_table(tmp_path / "answers" / "answers.parquet", answers, ANSWERS)
     write_table(tmp_path / "scores" / "scores.parquet", random.Random(0).sample(rows, len(rows)), SCORES)
+    write_table(tmp_path / "scores" / "pairwise.parquet", [], PAIRWISE)
     write_table(tmp_path / "gold" / "gold.parquet", golds[::-1], GOLD)
     inputs = {"prompts": tmp_path / "prompts.parquet", **{n: tmp_path / n for n in ("answers", "scores", "gold")}}
     return inputs if gold else {k: v for k, v in inputs.items() if k != "gold"}

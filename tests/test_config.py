@@ -256,10 +256,8 @@ from dataclasses import dataclass
 class Coin:
     """Judges by chance, from no model."""
     sharpness: float = 1.0
-    def roles(self):
-        return {}
-    def annotate(self, answers, models, dtype, context):
-        return []
+    def annotate(self, job):
+        return None
 
 @dataclass
 class Writer:
@@ -281,7 +279,7 @@ def test_a_users_own_part_in_a_users_own_module(tmp_path, monkeypatch, capsys):
     assert node_of(config.annotator) == {"_target_": "own_parts.Coin", "sharpness": 3.0}
     stages = {s.name: s for s in planned(config, tmp_path)}
     assert "own_parts.Coin" in stages["iteration-1/annotate"].parts
-    assert set(stages["iteration-1/annotate"].inputs) == {"answers"}
+    assert set(stages["iteration-1/annotate"].inputs) == {"answers", "prompts"}
     assert command.main([*own, "+annotator.sharpnes=3"]) == 2
     assert "annotator.sharpnes=3: unknown key; did you mean sharpness?" in capsys.readouterr().err
     sys.modules.pop("own_parts")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 
 from align_loop.annotators.implicit_reward import answer_logprobs
-from align_loop.annotators.stage import GOLD
 from align_loop.builders.stage import DROPPED
 from align_loop.evaluators import pairs
 from align_loop.evaluators.drift import DriftGuard, implausible_share
@@ -25,7 +24,7 @@ from align_loop.evaluators.statistics import (
     wilson_interval,
     win_rate,
 )
-from align_loop.record import ANSWERS, EXAMPLES, FLAGS, PREFERENCES, write_table
+from align_loop.record import ANSWERS, EXAMPLES, FLAGS, GOLD, PREFERENCES, write_table
 from align_loop.render import Renderer
 from align_loop.stage import StageContext
 

@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align_loop.shapers.context import ShapeContext
 from align_loop.shapers.drop import DropBothTruncated, DropIdentical, DropLeastConfident, DropTooLong
+
+CONTEXT = ShapeContext(renderer=None, seed=0)  # these filters read the rows alone
 
 
 def pair(i=0, chosen="a", rejected="b", cut=(False, False), scores=(1.0, 0.0), prompt=3):
@@ -34,17 +37,17 @@ SHAPERS = [DropIdentical(), DropBothTruncated(), DropTooLong(5), DropLeastConfid
 @given(rows=PAIRS, rng=st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_every_pair_is_kept_as_it_was_or_dropped_for_a_reason(shaper, rows, rng):
-    kept, dropped = shaper.shape(rows)
+    kept, dropped = shaper.shape(rows, CONTEXT)
     gone = [row for group in dropped.values() for row in group]
     assert sorted([*kept, *gone], key=lambda r: r["example_id"]) == rows
     assert [r["example_id"] for r in kept] == sorted(r["example_id"] for r in kept)  # in the order given
     assert all(dropped.values())  # no reason without a row
-    again, _ = shaper.shape(rng.sample(rows, len(rows)))
+    again, _ = shaper.shape(rng.sample(rows, len(rows)), CONTEXT)
     assert {r["example_id"] for r in again} == {r["example_id"] for r in kept}
 
 
 def reason(shaper, row):
-    kept, dropped = shaper.shape([row])
+    kept, dropped = shaper.shape([row], CONTEXT)
     return None if kept else next(iter(dropped))
 
 
@@ -80,14 +83,14 @@ def test_too_long_counts_prompt_and_longer_answer(limit, expected, chosen, rejec
 def test_the_least_confident_share():
     rows = [pair(i, scores=(gap, 0.0)) for i, gap in enumerate([5.0, 1.0, 1.0, 4.0, 3.0])]
     for share, gone in [(0.0, []), (0.2, ["e001"]), (0.4, ["e001", "e002"]), (0.6, ["e001", "e002", "e004"])]:
-        kept, dropped = DropLeastConfident(share).shape(rows)
+        kept, dropped = DropLeastConfident(share).shape(rows, CONTEXT)
         assert [r["example_id"] for r in dropped.get("least confident", [])] == gone
         assert len(kept) == 5 - len(gone)
 
 
 def test_it_is_the_gap_that_counts_and_the_human_pairs_that_do_not():
     rows = [pair(0, scores=(-1.0, -9.0)), pair(1, scores=(9.0, 8.5)), pair(2, scores=(None, None))]
-    kept, dropped = DropLeastConfident(0.5).shape(rows)
+    kept, dropped = DropLeastConfident(0.5).shape(rows, CONTEXT)
     assert [r["example_id"] for r in kept] == ["e000", "e002"]
     assert [r["example_id"] for r in dropped["least confident"]] == ["e001"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from align_loop.annotators.job import Annotation, Job
 from align_loop.errors import UserError
 from align_loop.record import Row
 from align_loop.render import Renderer
@@ -31,11 +32,12 @@ class ImplicitReward:
         """The models that it reads: name of the input -> role."""
         return {"policy": "policy", "reference": self.reference}
 
-    def annotate(self, answers: list[Row], models: dict[str, Path], dtype: str, context: StageContext) -> list[Row]:
-        """Rows of ``record.SCORES``: the reward of each answer, and the two log-probs (nats) it is made of.
+    def annotate(self, job: Job) -> Annotation:
+        """The reward of each answer, and the two log-probs (nats) it is made of.
 
         Raises ``UserError`` where policy and reference score every answer alike: then all rewards are 0.
         """
+        answers, models, dtype, context = job.answers, job.models, job.dtype, job.context
         with context.progress(2 * len(answers), "answers") as progress:
             policy = answer_logprobs(models["policy"], answers, dtype, context, progress.update)
             reference = answer_logprobs(models["reference"], answers, dtype, context, progress.update)
@@ -45,7 +47,7 @@ class ImplicitReward:
                 f"annotator.reference={self.reference}: judge and reference give every answer the same log-probs, so "
                 "all rewards are 0; name the model that the policy was trained from"
             )
-        return [
+        rows = [
             {
                 "sample_id": row["sample_id"],
                 "prompt_id": row["prompt_id"],
@@ -56,6 +58,7 @@ class ImplicitReward:
             }
             for row, p, r in zip(answers, policy, reference, strict=True)
         ]
+        return Annotation(rows)
 
 
 def answer_logprobs(model: Path, answers: list[Row], dtype: str, context: StageContext, on_done=None) -> list[float]:

@@ -1,6 +1,6 @@
 """Filters before training: pairs that teach nothing or the wrong thing are dropped and counted by reason.
 
-A shaper's ``shape(examples)`` returns (the examples that stay, the dropped ones by reason).
+What a shaper is given and gives back: ``context.py``.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align_loop.record import Row
-
-Shaped = tuple[list[Row], dict[str, list[Row]]]
+from align_loop.shapers.context import ShapeContext, Shaped, partition
 
 
 @dataclass
 class DropIdentical:
     """Drops pairs whose two answers are the same ids, or empty on either side."""
 
-    def shape(self, examples: list[Row]) -> Shaped:
+    def shape(self, examples: list[Row], context: ShapeContext) -> Shaped:
         return partition(examples, self._reason)
 
     @staticmethod
@@ -30,7 +29,7 @@ class DropIdentical:
 class DropBothTruncated:
     """Drops pairs in which both answers were cut at the length limit: neither shows how it would have ended."""
 
-    def shape(self, examples: list[Row]) -> Shaped:
+    def shape(self, examples: list[Row], context: ShapeContext) -> Shaped:
         def reason(row: Row) -> str | None:
             return "both answers cut" if row["chosen_truncated"] and row["rejected_truncated"] else None
 
@@ -43,7 +42,7 @@ class DropTooLong:
 
     max_length: int | None = None
 
-    def shape(self, examples: list[Row]) -> Shaped:
+    def shape(self, examples: list[Row], context: ShapeContext) -> Shaped:
         def reason(row: Row) -> str | None:
             longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             fits = self.max_length is None or len(row["prompt_ids"]) + longest <= self.max_length
@@ -65,21 +64,8 @@ class DropLeastConfident:
         if not 0 <= self.share < 1:
             raise ValueError(f"share={self.share} must be in [0, 1)")
 
-    def shape(self, examples: list[Row]) -> Shaped:
+    def shape(self, examples: list[Row], context: ShapeContext) -> Shaped:
         scored = [row for row in examples if row.get("score_chosen") is not None]
         ranked = sorted(scored, key=lambda r: (r["score_chosen"] - r["score_rejected"], r["example_id"]))
         least = {row["example_id"] for row in ranked[: round(self.share * len(scored))]}
         return partition(examples, lambda row: "least confident" if row["example_id"] in least else None)
-
-
-def partition(examples: list[Row], reason_of) -> Shaped:
-    """Split ``examples`` by ``reason_of(row)``: None stays, text is the reason for dropping it."""
-    kept: list[Row] = []
-    dropped: dict[str, list[Row]] = {}
-    for row in examples:
-        reason = reason_of(row)
-        if reason is None:
-            kept.append(row)
-        else:
-            dropped.setdefault(reason, []).append(row)
-    return kept, dropped
