@@ -84,15 +84,25 @@ def node_of(obj: Any) -> dict[str, Any]:
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **plain(obj)}
 
 
+def targets_of(node: Any) -> list[str]:
+    """Every ``_target_`` in a configuration node and in what it contains, in order: the code that acts on it."""
+    if isinstance(node, Mapping):
+        own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
+        return [*own, *(target for value in node.values() for target in targets_of(value))]
+    return [target for value in node for target in targets_of(value)] if isinstance(node, (list, tuple)) else []
+
+
 def plain(obj: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (integer keys become text)."""
+    """A dataclass as plain JSON values (integer keys become text); parts in its fields keep their ``_target_``."""
+    return {f.name: _plain_value(getattr(obj, f.name), f.metadata.get("part")) for f in dataclasses.fields(obj)}
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): convert(v) for k, v in value.items()}
-        return [convert(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return convert(dataclasses.asdict(obj))
+def _plain_value(value: Any, is_part: bool | None = False) -> Any:
+    if dataclasses.is_dataclass(value):
+        return node_of(value) if is_part else plain(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain_value(v, is_part) for k, v in value.items()}
+    return [_plain_value(v, is_part) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
@@ -109,6 +119,10 @@ def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
             if not isinstance(value, Mapping):
                 raise UserError(f"{path}={_shown(value)} must be a dict of parts")
             return {k: part(v, _join(path, k)) for k, v in value.items() if v is not None}
+        if origin is list:
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{path}={_shown(value)} must be a list of parts")
+            return [part(v, f"{path}[{i}]") for i, v in enumerate(value)]
         return part(value, path)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
