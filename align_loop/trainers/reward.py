@@ -152,6 +152,8 @@ def load_start(directory: Path, dim: int, seed: int, hardware: dict[str, Any]) -
     fresh = {name for name in missing if name.rpartition(".")[0] in own}
     if missing - fresh:
         raise UserError(f"{directory}: its weights lack {', '.join(sorted(missing - fresh)[:3])}")
+    # An embedding gives its padding id no gradient; where a config names the end-of-sequence id, that is a real token.
+    model.get_input_embeddings().padding_idx = None
     if fresh:
         generator = torch.Generator().manual_seed(seed)
         sd = FRESH_SD / head.in_features**0.5
