@@ -65,12 +65,14 @@ ANSWERS = pa.schema(
     ]
 )
 
-# Raw annotator output, one row an answer; shapers and builders work on top of it.
+# Raw annotator output, one row an answer; shapers and builders work on top of it. ``reward_sd``: how far the members
+# of a reward-model ensemble disagree about the reward (standard deviation), else null.
 SCORES = pa.schema(
     [
         ("sample_id", pa.string()),
         ("prompt_id", pa.string()),
         ("reward", pa.float64()),
+        ("reward_sd", pa.float64()),
         ("logp_policy", pa.float64()),
         ("logp_reference", pa.float64()),
         ("tokens", pa.int32()),
