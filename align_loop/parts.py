@@ -126,6 +126,8 @@ def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
         return part(value, path)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
+    if origin is list and typing.get_origin(arguments[0]) is typing.Literal and isinstance(value, (list, tuple)):
+        return [_leaf(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
     if origin in (dict, list) and dataclasses.is_dataclass(arguments[-1]):
         return _collection(origin, arguments, value, path)
     return _leaf(hint, value, path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
+from align_loop.annotators.job import Annotation, Job
 from align_loop.engines.reward_folder import RewardFolder, read_reward_folder
 from align_loop.errors import UserError
 from align_loop.record import Row
 from align_loop.render import Renderer
-from align_loop.stage import StageContext
 
 
 @dataclass
@@ -32,22 +31,23 @@ class RewardModelScore:
         """The models that it reads: name of the input -> role."""
         return {"reward_model": self.role}
 
-    def annotate(self, answers: list[Row], models: dict[str, Path], dtype: str, context: StageContext) -> list[Row]:
-        """Rows of ``record.SCORES``: each answer's score less the penalty, and the ensemble's deviation.
+    def annotate(self, job: Job) -> Annotation:
+        """Each answer's score less the penalty, and the ensemble's deviation.
 
         A scalar head's score is its own; a gpm head's is the mean log-odds against the prompt's other answers. See
         ``engines.reward_scoring.reward_scores``. Raises ``UserError`` where the answers' ids are of another tokenizer.
         """
         from align_loop.engines.reward_scoring import reward_scores  # imports torch
 
-        model = read_reward_folder(models["reward_model"])
+        answers, context = job.answers, job.context
+        model = read_reward_folder(job.models["reward_model"])
         check_tokenizer(model, answers)
         hardware = context.hardware
         with context.progress(len(model.members) * len(answers), "answers") as progress:
             scores, deviations = reward_scores(
                 model,
                 [(row["prompt_token_ids"], row["token_ids"]) for row in answers],
-                dtype=dtype,
+                dtype=job.dtype,
                 device=hardware.get("device") or "cpu",
                 token_budget=hardware.get("score_token_budget") or 16384,
                 groups=[row["prompt_id"] for row in answers],
@@ -56,7 +56,7 @@ class RewardModelScore:
             )
         tokens = sum(len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in answers)
         context.tokens(len(model.members) * tokens)
-        return [
+        rows = [
             {
                 "sample_id": row["sample_id"],
                 "prompt_id": row["prompt_id"],
@@ -66,6 +66,7 @@ class RewardModelScore:
             }
             for row, score, deviation in zip(answers, scores, deviations, strict=True)
         ]
+        return Annotation(rows)
 
 
 def check_tokenizer(model: RewardFolder, answers: list[Row]) -> None:
