@@ -63,9 +63,16 @@ class Run:
     runs nothing (``store.dry_run``) the walk only plans.
     """
 
-    def __init__(self, config: Config, store: Store, engine: str, on_policy_done: Callable[[Run], None] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        engine: str,
+        on_policy_done: Callable[[Run], None] | None = None,
+        on_reward_model_done: Callable[[RewardModel], None] | None = None,
+    ):
         self.config, self.store, self.engine = config, store, engine
-        self.on_policy_done = on_policy_done
+        self.on_policy_done, self.on_reward_model_done = on_policy_done, on_reward_model_done
         self.policies: list[Policy] = []
         self.reward_models: list[RewardModel] = []
         self.initial: Policy | None = None
@@ -146,6 +153,8 @@ class Run:
         self.reward_models.append(made)
         if not self.store.dry_run:
             made.row = self._reward_row(made)
+            if self.on_reward_model_done is not None:
+                self.on_reward_model_done(made)
         if self.config.loop.until == name:
             raise StopHere
 
@@ -201,6 +210,8 @@ class Run:
     ) -> Artifact:
         """Pairs from scored answers (with a builder in ``config``) or from people's labels, through the shapers."""
         shapers = self.config.shapers_of(step)
+        if "builder" not in config:  # people's labels have no scores: what works on scores must not make them stale
+            shapers = {name: shaper for name, shaper in shapers.items() if not getattr(shaper, "needs_scores", False)}
         models = {
             f"{shaper}.{key}": self._role(role, policy)
             for shaper, part in shapers.items()

@@ -73,7 +73,11 @@ WRONG = [
     (f"{SELFIE} hardware.device=gpu", "hardware.device=gpu", "did you mean cpu?"),
     (f"{SELFIE} setting.dtype=float16", "setting.dtype=float16", "bfloat16"),
     (f"{SELFIE} setting.chat_template=zephir", "setting.chat_template=zephir", "zephyr"),
-    (f"{SELFIE} schedule.iteration.0.data=[onpolicy]", "schedule.iteration[0].data[0]=onpolicy", "did you mean on_policy?"),
+    (
+        f"{SELFIE} schedule.iteration.0.data=[onpolicy]",
+        "schedule.iteration[0].data[0]=onpolicy",
+        "did you mean on_policy?",
+    ),
     (f"{SELFIE} setting.training.seed.schedule=cos", "setting.training.seed.schedule", "'cos'", "cosine"),
     (f"{SELFIE} builder._target_=align_loop.builders.best_worst.BestWorse", "builder._target_", "mean BestWorst?"),
     (f"{SELFIE} builder._target_=my.own.Part", "builder._target_=my.own.Part", "no module 'my'"),

@@ -6,6 +6,7 @@ What a shaper is given and gives back: ``context.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from align_loop.record import Row
 from align_loop.shapers.context import ShapeContext, Shaped, partition
@@ -59,6 +60,7 @@ class DropLeastConfident:
     """
 
     share: float = 0.0
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
