@@ -45,7 +45,16 @@ def test_a_recipe_that_there_is_not(capsys):
 
 
 def test_paragraphs_of_a_head_comment(tmp_path):
-    text = "# @package _global_\n# It does\n# this.\n# Paper: A 2020.\n# Seen: 0.5\n# to 0.6.\n#   python -m align_loop x\na: 1\n# b"
+    head = [
+        "@package _global_",
+        "It does",
+        "this.",
+        "Paper: A 2020.",
+        "Seen: 0.5",
+        "to 0.6.",
+        "  python -m align_loop x",
+    ]
+    text = "".join(f"# {line}\n" for line in head) + "a: 1\n# b\n"
     (tmp_path / "one.yaml").write_text(text)
     expected = Recipe("one", "It does this.", {"Paper": "A 2020.", "Seen": "0.5 to 0.6."}, "python -m align_loop x")
     assert read_recipe(tmp_path / "one.yaml") == expected and expected.status == "measured"
