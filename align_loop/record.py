@@ -50,7 +50,8 @@ PREFERENCES = pa.schema(
 )
 
 # Sampled answers. ``logprobs``: raw log-probabilities (nats, temperature 1) of ``token_ids`` as the sampling
-# engine reports them. ``finish_reason``: "stop" (the last id is an end-of-sequence token) or "length".
+# engine reports them. ``finish_reason``: "stop" (the last id is an end-of-sequence token) or "length". ``variant``: the
+# name of the generation context that the answer was sampled under; null for the plain prompt.
 ANSWERS = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -62,6 +63,7 @@ ANSWERS = pa.schema(
         ("finish_reason", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
         ("request_seed", pa.int64()),
+        ("variant", pa.string()),
     ]
 )
 

@@ -35,6 +35,7 @@ OTHER = {
     "updater.reference": "initial",
     "sampler.engine": None,  # decided by runner.resolve_engine and handed to the loop
     "sampler.top_p": 0.8,
+    "sampler.variants": {"styled": "be brief"},
     "sampler.truncated": "drop",
     "noise.action": "drop",
     "noise.rule": "paper_code",
@@ -71,7 +72,7 @@ REWARD_MODEL = {
 def leaves(node, path=""):
     for key, value in node.items():
         name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, name)
         else:
             yield name, value
