@@ -277,8 +277,9 @@ def test_the_end_of_sequence_token_is_never_padding(tmp_path, base) -> None:
     assert model.config.pad_token_id == tokenizer.pad_token_id == 1
     whole = torch.tensor([examples[0]["prompt_ids"] + examples[0]["chosen_ids"]])
     padded = torch.nn.functional.pad(whole, (0, 3), value=tokenizer.pad_token_id)
+    mask = torch.nn.functional.pad(torch.ones_like(whole), (0, 3))
     with torch.no_grad():
-        read, cut = model(padded, attention_mask=(padded != 1).long()).logits, model(whole[:, :-1]).logits
+        read, cut = model(padded, attention_mask=mask).logits, model(whole[:, :-1]).logits
         assert torch.allclose(read, model(whole).logits, atol=1e-4) and not torch.allclose(read, cut, atol=1e-3)
 
 
