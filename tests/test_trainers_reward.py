@@ -191,6 +191,15 @@ def test_the_adapted_model_scores_like_its_merged_folder(tmp_path, base, monkeyp
     assert prove_merge([40.0], [39.99], torch.float32) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, base, lora) -> None:
+    for name, on in (("plain", False), ("checkpointed", True)):
+        hardware = {**CPU, "micro_batch_size": 4, "gradient_checkpointing": on}
+        train(tmp_path / name, base, toy_pairs(16), lora=lora, hardware=hardware)
+    start = start_weights(base, tmp_path / "start")
+    assert change(start, tmp_path / "checkpointed" / "model", tmp_path / "plain" / "model") <= 1e-4
+
+
 def test_the_adapters_dropout_acts_and_the_models_own_does_not(tmp_path, base) -> None:
     for name, dropout in (("none", 0.0), ("some", 0.5)):
         train(tmp_path / name, base, toy_pairs(16), lora=LoraConfig(r=8, alpha=16, dropout=dropout))
