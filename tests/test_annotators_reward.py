@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tiny_llama(out / "base", seed=0)
     kinds = {"one": RewardModel(), "two": RewardModel(members=2), "gpm": RewardModel(head="gpm", dim=2)}
     for name, kind in kinds.items():
-        train(out / name, base, toy_pairs(16), reward_model=kind)
+        train(out / name, base, toy_pairs(8), reward_model=kind)
     return {name: out / name for name in kinds}
 
 

@@ -42,7 +42,7 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     out = tmp_path_factory.mktemp("models")
     kinds = {"one": RewardModel(), "three": RewardModel(members=3), "gpm": RewardModel(head="gpm", dim=4, members=2)}
     for name, kind in kinds.items():
-        train(out / name, base, toy_pairs(16), reward_model=kind)
+        train(out / name, base, toy_pairs(8), reward_model=kind)
     return {name: out / name for name in kinds}
 
 

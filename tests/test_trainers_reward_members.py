@@ -115,12 +115,12 @@ def test_a_reward_model_goes_on_from_where_it_was(tmp_path, base) -> None:
 
 def test_members_go_on_from_their_own_member(tmp_path, base, ensemble) -> None:
     slow = TrainingConfig(learning_rate=1e-9, epochs=1, batch_size=8)
-    train(tmp_path / "same", ensemble, toy_pairs(24), reward_model=FOLDS, training=slow)
+    train(tmp_path / "same", ensemble, toy_pairs(9), reward_model=FOLDS, training=slow)
     for k in (1, 2, 3):
         gap = (weights(tmp_path / "same" / f"member-{k}") - weights(ensemble / f"member-{k}")).abs().max()
         assert gap < 1e-6
-    train(tmp_path / "single", base, toy_pairs(16))
-    train(tmp_path / "more", tmp_path / "single", toy_pairs(16), reward_model=RewardModel(members=2), training=slow)
+    train(tmp_path / "single", base, toy_pairs(4))
+    train(tmp_path / "more", tmp_path / "single", toy_pairs(4), reward_model=RewardModel(members=2), training=slow)
     gap = (weights(tmp_path / "more" / "member-2") - weights(tmp_path / "single" / "model")).abs().max()
     assert gap < 1e-6
 
@@ -190,7 +190,7 @@ def test_every_field_changes_what_is_computed(tmp_path, base, changes) -> None:
     """``start`` is tested above."""
     found = []
     for name, fields in (("plain", {}), ("changed", changes)):
-        train(tmp_path / name, base, toy_pairs(16), reward_model=RewardModel(**fields))
+        train(tmp_path / name, base, toy_pairs(8), reward_model=RewardModel(**fields))
         found.append(margins(tmp_path / name, toy_pairs(8, seed=3)))
     assert found[0].shape != found[1].shape or not torch.allclose(*found, atol=1e-6)
 
