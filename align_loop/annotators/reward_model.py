@@ -70,12 +70,11 @@ class RewardModelScore:
 
 
 def check_tokenizer(model: RewardFolder, answers: list[Row]) -> None:
-    """Raise ``UserError`` where a member's tokenizer reads the answers' ids as another text than they are."""
-    for member in model.members:
-        renderer = Renderer(member)
-        for row in answers:
-            if row.get("text") is not None and renderer.text(row["token_ids"]) != row["text"]:
-                raise UserError(
-                    f"{member}: the reward model's tokenizer reads answer {row['sample_id']} as another text than the "
-                    f"policy's: take a reward model trained from the same model family"
-                )
+    """Raise ``UserError`` where the model's tokenizer (its members share one) reads an answer's ids as another text."""
+    renderer = Renderer(model.members[0])
+    for row in answers:
+        if row.get("text") is not None and renderer.text(row["token_ids"]) != row["text"]:
+            raise UserError(
+                f"{renderer.folder}: the reward model's tokenizer reads answer {row['sample_id']} as another text than "
+                f"the policy's: take a reward model trained from the same model family"
+            )

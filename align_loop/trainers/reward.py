@@ -86,7 +86,8 @@ def train_reward(
         if trainer.is_world_process_zero() and member == len(names):
             write_reward_folder(out, reward_model.head, reward_model.dim, names)
         del trainer
-        gc.collect()
+        if member < len(names):
+            gc.collect()  # its cycles would hold this model beside the next one
     context.fact("start", "previous" if is_reward_model(model_dir) else "base")
     for fact, values in facts.items():
         if values:
