@@ -8,12 +8,13 @@ import pytest
 from reward_fixtures import toy_pairs, train
 from tiny import tiny_llama, tiny_tokenizer
 
+from align_loop.annotators.job import Job
 from align_loop.annotators.reward_model import RewardModelScore
 from align_loop.annotators.stage import annotate
 from align_loop.engines.reward_scoring import reward_scores
 from align_loop.errors import UserError
 from align_loop.parts import node_of
-from align_loop.record import ANSWERS, read_rows, write_table
+from align_loop.record import ANSWERS, PROMPTS, read_rows, write_table
 from align_loop.stage import StageContext
 from align_loop.trainers.reward_config import RewardModel
 
@@ -49,7 +50,8 @@ def made_answers() -> list[dict]:
 
 def score(folder: Path, rows: list[dict], out: Path, budget: int = 16384, **fields) -> tuple[list[dict], StageContext]:
     context = StageContext("annotate", out, hardware={"device": "cpu", "score_token_budget": budget}, quiet=True)
-    return RewardModelScore(**fields).annotate(rows, {"reward_model": folder}, "float32", context), context
+    job = Job([], rows, {"reward_model": folder}, "float32", 0, context)
+    return RewardModelScore(**fields).annotate(job).scores, context
 
 
 def test_the_reward_is_the_score_less_the_penalty(folders, tmp_path) -> None:
@@ -88,9 +90,10 @@ def test_the_stage_writes_scores(folders, tmp_path) -> None:
     (tmp_path / "sample").mkdir()
     (tmp_path / "out").mkdir()
     write_table(tmp_path / "sample" / "answers.parquet", made_answers(), ANSWERS)
-    inputs = {"answers": tmp_path / "sample", "reward_model": folders["two"]}
+    write_table(tmp_path / "prompts.parquet", [], PROMPTS)
+    inputs = {"answers": tmp_path / "sample", "prompts": tmp_path / "prompts.parquet", "reward_model": folders["two"]}
     context = StageContext("annotate", tmp_path / "out", hardware={"device": "cpu"}, quiet=True)
-    annotate({"annotator": node_of(RewardModelScore()), "dtype": "float32"}, inputs, context)
+    annotate({"annotator": node_of(RewardModelScore()), "dtype": "float32", "seed": 0}, inputs, context)
     rows = read_rows(tmp_path / "out" / "scores.parquet")
     assert [r["sample_id"] for r in rows] == [f"s{k}" for k in range(20)]
     assert all(r["reward_sd"] > 0 and r["logp_policy"] is None for r in rows)
