@@ -109,6 +109,7 @@ CONFIG = {
     "labelled": 50,
     "honour": 0.6,
     "sharpness": 1.4,
+    "flip_rate": 0.0,
     "eval_prompts": 30,
     "heldout_share": 0.2,
     "iterations": 3,
@@ -239,3 +240,12 @@ def test_prompts_are_never_drawn_twice(seed):
     assert len(set(drawn)) == 50 and set(drawn) == seen
     again = embedded._prompt(random.Random(seed), seen)["prompt_id"]  # the same draws as the first prompt's
     assert again not in drawn
+
+
+def test_a_flip_rate_turns_training_labels_round_and_no_others(tmp_path):
+    clean, noisy = prepare(tmp_path / "a"), prepare(tmp_path / "b", flip_rate=0.3)
+    for name in ("heldout", "eval_prompts", "demonstrations"):
+        assert clean[name] == noisy[name]
+    turned = [c["chosen"] == n["rejected"] for c, n in zip(clean["all_labels"], noisy["all_labels"], strict=True)]
+    assert 0.22 < sum(turned) / len(turned) < 0.38
+    assert noisy["seed"] == noisy["all_labels"][: len(noisy["seed"])] != clean["seed"]
