@@ -243,7 +243,7 @@ def test_prompts_are_never_drawn_twice(seed):
 
 
 def test_a_flip_rate_turns_training_labels_round_and_no_others(tmp_path):
-    clean, noisy = prepare(tmp_path / "a"), prepare(tmp_path / "b", flip_rate=0.3)
+    clean, noisy = prepare(tmp_path / "a")[0], prepare(tmp_path / "b", flip_rate=0.3)[0]
     for name in ("heldout", "eval_prompts", "demonstrations"):
         assert clean[name] == noisy[name]
     turned = [c["chosen"] == n["rejected"] for c, n in zip(clean["all_labels"], noisy["all_labels"], strict=True)]
