@@ -94,11 +94,12 @@ PAIRWISE = pa.schema(
 # The true quality of answers, in [0, 1], where a setting knows it.
 GOLD = pa.schema([("sample_id", pa.string()), ("prompt_id", pa.string()), ("gold", pa.float64())])
 
-# Training examples, by ``kind``: pair; point (one answer, in the chosen columns, and its ``label``, +1 or -1); demo (one
-# answer to imitate); group (all answers of a prompt, in the group columns). ``q``: probability that the first answer is the better one; ``m``: margin in reward units;
-# ``w``: weight; ``beta``: null for the objective's. ``chosen_ids``/``rejected_ids`` end with an EOS id only
-# where one was generated (or a person wrote the answer). ``truncated`` says which side was cut at the limit.
+# Training examples, by ``kind``: pair; point (one answer, in the chosen columns, and its ``label``, +1 or -1); demo
+# (one answer to imitate); group (all answers of a prompt, in the group columns). ``q``: probability that the chosen
+# answer is the better one; ``m``: margin in reward units; ``w``: weight; ``beta``: null for the objective's;
 # ``beta_rejected``: null for ``beta``; ``chosen_weights``/``rejected_weights``: one an answer token, null for 1.
+# ``chosen_ids``/``rejected_ids`` end with an EOS id only where one was generated (or a person wrote the answer).
+# ``truncated`` says which side was cut at the limit.
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),

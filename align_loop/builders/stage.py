@@ -40,7 +40,9 @@ def on_policy(config: dict[str, Any], inputs: dict[str, Path], context: StageCon
                 row[f"gold_{side}"] = gold.get(row.get(f"{side}_sample_id"))
     renderer = Renderer(inputs["tokenizer"])
     _train_on_the_plain_prompt(examples, groups, renderer)
-    _shape_and_write(examples, {group.prompt["prompt_id"]: group for group in groups}, renderer, config, inputs, context)
+    _shape_and_write(
+        examples, {group.prompt["prompt_id"]: group for group in groups}, renderer, config, inputs, context
+    )
 
 
 def labelled(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
