@@ -8,6 +8,7 @@ up among the annotator's comparisons belong before them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from align_loop.chance import chance
 from align_loop.record import Message, Row, prompt_id, short_digest
@@ -30,6 +31,7 @@ class RelabelGoal:
 
     template: str = "Give an answer that deserves a score of {goal}."
     digits: int = 2
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if "{goal}" not in self.template:

@@ -72,6 +72,7 @@ class DropTies:
     """
 
     minimum: float = 0.0
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.minimum >= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align_loop.chance import chance
 from align_loop.record import Row
@@ -94,6 +94,7 @@ class Rip:
     reward: float | None = 0.5
     length: float | None = 0.5
     gap: float | None = 0.5
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("reward", "length", "gap"):
@@ -182,6 +183,7 @@ class DropImplausible:
 
     deviations: float = 4.0
     side: Literal["chosen", "both"] = "chosen"
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.deviations > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from align_loop.groups import sigmoid
 from align_loop.record import Row
@@ -69,6 +70,7 @@ class ConfidenceSmooth:
     share: float = 0.1
     rate: float = 0.1
     by: By = "gap"
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "share")
@@ -98,6 +100,7 @@ class SoftLabel:
 
     by: By = "probability"
     temperature: float = 1.0
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

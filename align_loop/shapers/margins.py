@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align_loop.record import Row
 from align_loop.shapers.context import ShapeContext, Shaped, partition
@@ -27,6 +27,7 @@ class Margin:
 
     scale: float = 1.0
     of: Literal["gap", "vote"] = "gap"
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale):
@@ -53,6 +54,7 @@ class OffsetLogGap:
     """
 
     alpha: float = 1.0
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:

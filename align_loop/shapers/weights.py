@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 from align_loop.groups import sigmoid
 from align_loop.record import Row
@@ -23,6 +24,7 @@ class WeightGap:
     """
 
     temperature: float | None = 1.0
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not self.temperature > 0:
