@@ -84,7 +84,7 @@ def material(tmp_path_factory):
         rewards[:2] = [max(rewards[:2]), min(rewards[:2])]
         chance = [[0.5, p := rng.random()], [1 - p, 0.5]]
         wide = [[chance[a % 2][b % 2] for b in range(6)] for a in range(6)]
-        logps = [rng.gauss(-10, 1) - 20 * (rng.random() < 0.15) for _ in range(6)]
+        logps = [rng.gauss(-10, 1) - 20 * (i < 4 and k == i % 2) for k in range(6)]
         groups.append(group(rewards, i, wide if i % 2 else None, {2: "a", 3: "b"}, logps))
         ids = {f"{side}_ids": rng.choices(range(7, 64), k=rng.randint(1, 9)) for side in ("chosen", "rejected")}
         fields = {"score_chosen": rewards[0], "score_rejected": rewards[1], **ids}
