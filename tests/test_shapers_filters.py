@@ -90,7 +90,7 @@ def test_rip_judges_a_prompt_by_its_widest_pair_and_drops_it_whole():
 
 
 def test_the_budget_goes_to_the_smallest_gaps_or_the_largest():
-    rows = [pair(0, 3.0), pair(1, -0.5), pair(2, 1.0), pair(3), pair(4, 1.0), POINT]
+    rows = [pair(0, 3.0), pair(1, -0.5), pair(2, 1.0), pair(3), pair(4, 1.0), pair(5, -2.0), POINT]
     kept, gone = shaped(BudgetSelect(2), rows)
     assert ids_of(kept) == ["e001", "e002", "e003", "e090"] and set(gone.values()) == {"outside the budget"}
     assert ids_of(shaped(BudgetSelect(1, "large"), rows)[0]) == ["e000", "e003", "e090"]

@@ -5,11 +5,15 @@ import random
 
 import pytest
 import torch
+from planned import planned
 from shape_fixtures import ids_of, pair, shaped, shuffled
 from tiny import EOS_ID, PAD_ID, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from align_loop.builders.stage import labelled
+from align_loop.compose import load
 from align_loop.engines.hidden import summed_hidden_states
+from align_loop.record import PREFERENCES, read_rows, write_table
 from align_loop.shapers.context import ShapeContext
 from align_loop.shapers.model_filters import Ches, DropTopLoss, ReferenceGap
 from align_loop.shapers.models import hidden_sums, logprobs
@@ -186,6 +190,44 @@ def test_the_loss_from_scores_reads_no_model():
     shaper = DropTopLoss(0.5, by="scores")
     assert shaper.roles() == {} and set(shaped(shaper, rows)[1]) == {"e003", "e004"}
     assert shaped(DropTopLoss(0.5, by="scores"), [pair(0, -1e4), pair(1, 1e4)])[1] == {"e000": "highest loss"}
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------
+
+NODES = {
+    "apart": {"_target_": "align_loop.shapers.model_filters.ReferenceGap", "keep": 0.5},
+    "alike": {"_target_": "align_loop.shapers.model_filters.Ches", "share": 0.5},
+}
+
+
+def test_the_stage_hands_each_shaper_its_own_model(folders, tmp_path):
+    words = [f"w{7 + i} w{20 + i}" for i in range(4)]
+    rows = [
+        {"example_id": f"e{i}", "prompt_id": f"p{i}", "messages": [{"role": "user", "content": f"w{50 + i}"}]}
+        | {"chosen": text, "rejected": f"w{40 + i} w9"}
+        for i, text in enumerate(words)
+    ]
+    write_table(tmp_path / "seed.parquet", rows, PREFERENCES)
+    inputs = {"preferences": tmp_path / "seed.parquet", "tokenizer": folders["policy"]}
+    inputs |= {"apart.reference": folders["reference"], "alike.model": folders["policy"]}
+    context = StageContext("pairs", tmp_path, {"device": "cpu"}, quiet=True)
+    labelled({"shapers": NODES, "dtype": "float32", "seed": 0}, inputs, context)
+    reasons = ["answers not clearly apart", "answers too alike to the model"]
+    assert context.report["rows"]["pairs"] == {"in": 4, "out": 1, "dropped": {reasons[0]: 2, reasons[1]: 1}}
+    assert len(read_rows(tmp_path / "examples.parquet")) == 1 and context.report["tokens"] > 0
+
+
+def test_a_run_binds_the_roles(tmp_path):
+    shaper = f"+shapers.alike={{_target_: {NODES['alike']['_target_']}}}"
+    config = load(["+experiment=selfie_iter4", shaper])[0]
+    bound = {}
+    for role in ("policy", "initial"):
+        config.shapers["alike"].model = role
+        stages = {stage.name: stage for stage in planned(config, tmp_path)}
+        pairs, train = stages["iteration-2/pairs"], stages["iteration-2/train"]
+        bound[role] = pairs.inputs["alike.model"].name
+        assert NODES["alike"]["_target_"] in pairs.parts
+    assert bound["policy"] == train.inputs["policy"].name != bound["initial"]
 
 
 @pytest.mark.parametrize(
