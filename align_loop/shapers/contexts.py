@@ -22,7 +22,7 @@ class RelabelGoal:
 
     Reward-augmented data (RAD): the reward of an answer of score r under goal g is ``-(g - r)^2``. So under the chosen
     answer's score the pair stays, and under the rejected answer's score it is turned round; both get these rewards as
-    scores. ``template``: the system prompt, with {goal} (written with ``digits`` decimals) in it, put before a system
+    scores. ``template``: the system prompt, with {goal} (written with ``digits`` decimals) in it, put behind a system
     prompt that is there already. A pair whose two goals read alike is not doubled. The turned pair has no gold: that
     speaks of the plain prompt. To use it, sample under the highest goal. Pairs without scores are left alone.
 
@@ -94,7 +94,7 @@ class CstFlip:
 
 
 def _under(system: str, row: Row, context: ShapeContext) -> Row:
-    """``row`` with ``system`` as (the beginning of) its system prompt, rendered anew."""
+    """``row`` with ``system`` as (the end of) its system prompt, rendered anew."""
     messages = with_system(row["messages"], system)
     ids = context.renderer.prompt_ids(messages)
     return {**row, "messages": messages, "prompt_ids": ids, "prompt_id": prompt_id(messages)}
@@ -111,7 +111,10 @@ def _copy(row: Row, name: str) -> Row:
 
 
 def with_system(messages: list[Message], text: str) -> list[Message]:
-    """The conversation under the system prompt ``text``, which comes first where there is one already."""
+    """The conversation under the system prompt ``text``, which follows one that is there already.
+
+    The same as the sampler makes of its ``variants``: a pair is trained on under what can be sampled under.
+    """
     if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
