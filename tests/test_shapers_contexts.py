@@ -10,10 +10,9 @@ from tiny import tiny_tokenizer
 
 from align_loop.errors import UserError
 from align_loop.record import EXAMPLES, prompt_id
-from align_loop.render import Renderer
-from align_loop.samplers.policy import PolicySampler
+from align_loop.render import Renderer, with_system
 from align_loop.shapers.context import ShapeContext
-from align_loop.shapers.contexts import CstFlip, RelabelGoal, with_system
+from align_loop.shapers.contexts import CstFlip, RelabelGoal
 from align_loop.shapers.reward_data import RrmAugment
 from align_loop.shapers.rows import swapped
 
@@ -100,13 +99,10 @@ def test_a_share_of_the_pairs_gets_a_copy(context):
     assert set(ids_of(reseeded)) != set(ids_of(kept))
 
 
-def test_a_system_prompt_that_is_there_stays_in_front_as_the_sampler_has_it():
+def test_a_system_prompt_that_is_there_stays_in_front():
     user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "b"}
     assert with_system([user], "a") == [{"role": "system", "content": "a"}, user]
     assert with_system([system, user], "a") == [{"role": "system", "content": "b\n\na"}, user]
-    sampler = PolicySampler(variants={"styled": "a"})
-    for messages in ([user], [system, user]):
-        assert with_system(messages, "a") == sampler._under(messages, "styled")
 
 
 def test_a_template_without_system_prompts_says_so(tmp_path):

@@ -75,6 +75,7 @@ def test_every_word_is_in_the_vocabulary_and_survives_the_tokenizer():
             assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids, skip_special_tokens=True) == text
     assert used <= set(vocabulary)
     assert {w for choices in world.CHOICES.values() for w in choices} <= used
+    assert set(world.OTHER_WORDS) <= set(vocabulary) - used
 
 
 def test_a_prompt_names_each_of_its_demands():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from align_loop.engines.base import Completion, SamplingParams, SamplingRequest, open_engine
 from align_loop.record import Message, Row, request_seed, short_digest
-from align_loop.render import Renderer
+from align_loop.render import Renderer, with_system
 from align_loop.stage import StageContext
 
 TOO_LONG = "prompt too long for the model"
@@ -86,13 +86,8 @@ class PolicySampler:
         return kept
 
     def _under(self, messages: list[Message], variant: str | None) -> list[Message]:
-        """``messages`` under a variant's system prompt, which follows one that is there already."""
-        if variant is None:
-            return messages
-        system, rest = self.variants[variant], messages
-        if messages and messages[0]["role"] == "system":
-            system, rest = f"{messages[0]['content']}\n\n{system}", messages[1:]
-        return [{"role": "system", "content": system}, *rest]
+        """``messages`` as a variant sees them; None is the plain prompt."""
+        return messages if variant is None else with_system(messages, self.variants[variant])
 
     def _truncated(self, rows: list[Row], eos: int) -> list[Row]:
         """``rows`` after the action on answers that were cut."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from align_loop.chance import chance
-from align_loop.record import Message, Row, prompt_id, short_digest
+from align_loop.record import Row, prompt_id, short_digest
+from align_loop.render import with_system
 from align_loop.shapers.context import ShapeContext, Shaped
 from align_loop.shapers.rows import gap, is_pair, swapped
 
@@ -108,13 +109,3 @@ def _copy(row: Row, name: str) -> Row:
         "gold_chosen": None,
         "gold_rejected": None,
     }
-
-
-def with_system(messages: list[Message], text: str) -> list[Message]:
-    """The conversation under the system prompt ``text``, which follows one that is there already.
-
-    The same as the sampler makes of its ``variants``: a pair is trained on under what can be sampled under.
-    """
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
