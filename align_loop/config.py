@@ -138,6 +138,11 @@ def roles_of(part: Any) -> dict[str, str]:
     return part.roles() if hasattr(part, "roles") else {}
 
 
+def files_of(part: Any) -> dict[str, str]:
+    """The user's files that an annotator reads: name -> path; a part without ``files()`` reads none."""
+    return part.files() if hasattr(part, "files") else {}
+
+
 def stage_names(config: Config) -> list[str]:
     """Every stage of the run, in order: what ``loop.until`` may name."""
     gold = config.setting.has_gold
@@ -207,6 +212,11 @@ def _check_references(config: Config) -> None:
         for name, role in roles_of(reader).items():
             if role not in ROLES and not Path(role).is_dir():
                 raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
+    if on_policy and getattr(config.annotator, "needs_gold", False) and not config.setting.has_gold:
+        raise UserError(
+            f"annotator._target_={type(config.annotator).__name__} reads the true quality of answers, which "
+            f"setting={config.setting.name} does not know; take setting=embedded or another annotator"
+        )
     reference = roles_of(config.annotator).get("reference")
     if on_policy and reference == "policy":
         raise UserError("annotator.reference=policy: the judge held against itself gives 0 for all; take initial")

@@ -104,9 +104,7 @@ def scores_from_matrix(matrix: Matrix) -> list[float]:
         gradient = (wanted - now).sum(axis=1) - np.diag(wanted - now)
         curvature = now * (1 - now) * (1 - np.eye(n))
         hessian = np.diag(curvature.sum(axis=1)) - curvature
-        step = np.linalg.solve(
-            hessian + 1 / n, gradient
-        )  # 1 / n fixes the mean, which is free
+        step = np.linalg.solve(hessian + 1 / n, gradient)  # 1 / n fixes the mean, which is free
         rewards = rewards + step * min(1.0, 2.0 / max(abs(step).max(), 1e-300))
         if abs(step).max() < 1e-10:
             break

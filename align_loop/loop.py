@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align_loop.config import Config, Step, roles_of, steps
+from align_loop.config import Config, Step, files_of, roles_of, steps
 from align_loop.errors import UserError
 from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
-from align_loop.parts import node_of, plain
+from align_loop.parts import code_of, node_of, plain
 from align_loop.store import Artifact, Stage, Store, read_manifest
 from align_loop.templates import template_text
 
@@ -88,6 +88,11 @@ class Run:
         good = [p for p in self.policies if p.row is None or p.row["good"]]
         return good[-1] if good else None
 
+    @property
+    def unfinished(self) -> dict[str, Artifact]:
+        """What the round under way has made so far: ``sample``, ``annotate``, ...; empty between rounds."""
+        return {artifact.name.rpartition("/")[2]: artifact for artifact in self._made}
+
     # --- one step: train a policy -----------------------------------------------------------------------------
 
     def _train(self, step: Step, start: Policy) -> Policy:
@@ -132,6 +137,7 @@ class Run:
         answers = self._sample(f"{step.name}/sample", policy.model, prompts, iteration, {})
         annotator = self.config.annotator
         models = {name: self._role(role, policy) for name, role in roles_of(annotator).items()}
+        files = {name: self.store.source(path) for name, path in files_of(annotator).items()}
         config = {"annotator": node_of(annotator), "dtype": self.config.setting.dtype, "seed": self.config.seed}
         gold = {}
         if self.config.setting.has_gold:
@@ -144,9 +150,10 @@ class Run:
                 "answers": answers,
                 "prompts": prompts,
                 **models,
+                **files,
                 **(gold if getattr(annotator, "needs_gold", False) else {}),
             },
-            parts=[config["annotator"]["_target_"]],
+            parts=code_of(annotator),
         )
         inputs = {"prompts": prompts, "answers": answers, "scores": scores, "tokenizer": policy.model, **gold}
         builder = node_of(self.config.builder)

@@ -85,14 +85,38 @@ def node_of(obj: Any) -> dict[str, Any]:
 
 
 def plain(obj: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (integer keys become text)."""
+    """A dataclass as plain JSON values (integer keys become text); parts in its fields keep their ``_target_``."""
+    return {f.name: _plain(getattr(obj, f.name), f.metadata.get("part")) for f in dataclasses.fields(obj)}
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): convert(v) for k, v in value.items()}
-        return [convert(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return convert(dataclasses.asdict(obj))
+def code_of(obj: Any) -> list[str]:
+    """Dotted names of the code behind a part: its class, the parts in its fields, and what its ``code()`` names.
+
+    ``code()`` is for a part that calls a user's function: it returns names like ``package.module:function``.
+    """
+    cls = type(obj)
+    found = [f"{cls.__module__}.{cls.__qualname__}", *(obj.code() if hasattr(obj, "code") else [])]
+    for inner in parts_in(obj).values():
+        found += code_of(inner)
+    return found
+
+
+def parts_in(obj: Any) -> dict[str, Any]:
+    """The parts in a part's fields: name -> part, with a dot between field and key where the field is a dict."""
+    found = {}
+    for f in dataclasses.fields(obj):
+        value = getattr(obj, f.name)
+        if f.metadata.get("part") and value is not None:
+            found |= {f"{f.name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {f.name: value}
+    return found
+
+
+def _plain(value: Any, is_part: bool | None = None) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return node_of(value) if is_part else plain(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, is_part) for k, v in value.items()}
+    return [_plain(v, is_part) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:

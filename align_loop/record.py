@@ -51,6 +51,7 @@ PREFERENCES = pa.schema(
 
 # Sampled answers. ``logprobs``: raw log-probabilities (nats, temperature 1) of ``token_ids`` as the sampling
 # engine reports them. ``finish_reason``: "stop" (the last id is an end-of-sequence token) or "length".
+# ``variant``: the name of the context that it was sampled under (null: the plain prompt).
 ANSWERS = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -62,10 +63,13 @@ ANSWERS = pa.schema(
         ("finish_reason", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
         ("request_seed", pa.int64()),
+        ("variant", pa.string()),
     ]
 )
 
-# Raw annotator output, one row an answer; shapers and builders work on top of it.
+# Raw annotator output, one row an answer; shapers and builders work on top of it. ``reward_sd``: how far several
+# annotators or members disagree (null for one); ``cost``: what was paid for this answer's score, in the currency of
+# the endpoint's prices.
 SCORES = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -74,6 +78,8 @@ SCORES = pa.schema(
         ("logp_policy", pa.float64()),
         ("logp_reference", pa.float64()),
         ("tokens", pa.int32()),
+        ("reward_sd", pa.float64()),
+        ("cost", pa.float64()),
     ]
 )
 
