@@ -48,11 +48,12 @@ class JudgeLogit:
     """P(i better than j) = mean over both orders of softmax over the ``verdicts`` [word for first, word for second].
 
     ``judge``: policy (it judges itself), another role, or a model folder. ``template``: the user message, with
-    {prompt}, {first} and {second} (null: this package's own); the verdict is what follows in the judge's chat template. Both
-    words must be single tokens. ``limit``: most comparisons a prompt (null: all pairs). Facts of the stage:
-    ``judge says first``, the mean probability of the verdict for the answer that stood first (0.5 without bias);
-    ``orders disagree``, the share of pairs with another winner in the other order; ``verdict mass``, the mean
-    probability that the judge gives any verdict at all (where it is small, the judge does not follow the prompt).
+    {prompt}, {first} and {second} (null: this package's own); the verdict is what follows in the judge's chat
+    template. Both words must be single tokens. ``limit``: most comparisons a prompt (null: all pairs).
+
+    Facts of the stage: ``judge says first``, the mean probability of the verdict for the answer that stood first (0.5
+    without bias); ``orders disagree``, the share of pairs with another winner in the other order; ``verdict mass``, the
+    mean probability that the judge gives any verdict at all (where it is small, the judge does not follow the prompt).
     """
 
     judge: str = "policy"

@@ -114,20 +114,19 @@ def messages_of(job: Job) -> dict[str, list[Message]]:
 def pairs_of(answers: Sequence[Row], limit: int | None, seed: int) -> list[Pair]:
     """All pairs of a prompt's answers (in the order of ``k``), or ``limit`` of them that cover the answers evenly.
 
-    Each is the next in an order of chance, from (seed, prompt id), among those whose answers were taken least often; so
-    with ``limit`` at least half the number of answers, each answer is compared.
+    The few are the first games of a tournament (every answer once in each round, the seats by chance from the seed and
+    the prompt id); so with ``limit`` at least half the number of answers, each answer is compared.
     """
     pairs = list(combinations(range(len(answers)), 2))
     if limit is not None and limit < len(pairs):
-        random.Random(short_digest("pairs", seed, answers[0]["prompt_id"])).shuffle(pairs)
-        taken, times = [], [0] * len(answers)
-        for _ in range(limit):
-            best = min(pairs, key=lambda p: (max(times[p[0]], times[p[1]]), times[p[0]] + times[p[1]]))
-            pairs.remove(best)
-            taken.append(best)
-            for i in best:
-                times[i] += 1
-        pairs = sorted(taken)
+        seats = list(range(len(answers) + len(answers) % 2))  # with an odd number the last seat is empty
+        random.Random(short_digest("pairs", seed, answers[0]["prompt_id"])).shuffle(seats)
+        games = []
+        while len(games) < limit:
+            round_ = [tuple(sorted((seats[i], seats[-1 - i]))) for i in range(len(seats) // 2)]
+            games += [game for game in round_ if game[1] < len(answers)]
+            seats = [seats[0], seats[-1], *seats[1:-1]]
+        pairs = sorted(games[:limit])
     return [(answers[i], answers[j]) for i, j in pairs]
 
 

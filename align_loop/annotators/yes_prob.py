@@ -37,8 +37,8 @@ class YesProb:
     """Reward = mean over ``questions`` of p(yes) / (p(yes) + p(no)), in [0, 1].
 
     ``judge``: policy, another role, or a model folder. ``questions``: name -> user message with {prompt} and {answer}
-    (null: this package's own two). ``yes_word``, ``no_word``: words of one token. The mean of each question is a fact of the
-    stage. An answer for which a question does not fit in the judge is not scored.
+    (null: this package's own two). ``yes_word``, ``no_word``: words of one token. The mean of each question is a fact
+    of the stage. An answer for which a question does not fit in the judge is not scored.
     """
 
     judge: str = "policy"
