@@ -88,7 +88,7 @@ def _rounds(run_dir: Path, what: str) -> dict[int, dict[str, Any]]:
     require_run(run_dir)
     index = read_json(run_dir, "index.json")
     entries = [*(index.get("iterations") or []), *([index["unfinished"]] if index.get("unfinished") else [])]
-    return {entry["iteration"]: entry for entry in entries if entry.get(what)}
+    return {entry["iteration"]: {"prompts": index.get("prompts")} | entry for entry in entries if entry.get(what)}
 
 
 def _least_certain(group: Group, most: int) -> list[tuple[float, str, Row, Row, Group]]:
