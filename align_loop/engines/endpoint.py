@@ -179,6 +179,9 @@ class _Round:
             reply = None if self.stop.is_set() else self._attempts(request)
             paid = reply.cost if reply is not None else 0.0
             return reply
+        except BaseException:
+            self.stop.set()  # here, so that this thread does not take the next request
+            raise
         finally:
             self.account.settle(most, paid)
 
