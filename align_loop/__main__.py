@@ -1,6 +1,7 @@
 """The command: ``python -m align_loop [run] +experiment=NAME [key=value ...]``.
 
-Also ``plan`` (what would run, and why), ``show RUN_DIR pairs|answers`` and ``recipes``.
+Also ``plan`` (what would run, and why), ``show RUN_DIR pairs|answers``, ``recipes``, and ``export-pairs`` and
+``import-labels`` (people's labels on the pairs that the loop is least sure of).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ USAGE = """usage:
   python -m align_loop +experiment=NAME [setting=NAME] [hardware=NAME] [key=value ...]    run a recipe
   python -m align_loop plan +experiment=NAME [...]                                       what would run, and why
   python -m align_loop show RUN_DIR pairs|answers [--iteration I] [--flagged]            page through what was made
+  python -m align_loop export-pairs RUN_DIR --iteration I --number N --out FILE          pairs for people to decide
+  python -m align_loop import-labels FILE --run RUN_DIR --out FILE.jsonl                 their labels as preferences
   python -m align_loop recipes [NAME]                                                    list them, or explain one"""
 
 
@@ -72,6 +75,40 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _export_pairs(arguments: list[str]) -> int:
+    from pathlib import Path
+
+    from align_loop.report.people import export_pairs
+
+    parser = argparse.ArgumentParser(prog="python -m align_loop export-pairs")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--iteration", type=int, required=True)
+    parser.add_argument("--number", type=int, required=True, help="how many pairs, the least certain first")
+    parser.add_argument("--out", type=Path, required=True, help="a new file, .jsonl or .csv")
+    parser.add_argument("--per-prompt", type=int, default=1, help="most pairs of one prompt")
+    given = parser.parse_args(arguments)
+    count = export_pairs(given.run_dir, given.iteration, given.number, given.out, given.per_prompt)
+    print(f"{count} pairs in {given.out}: fill in the column better with 1, 2 or tie, and delete the rows you skip;")
+    print(f"then run again with annotator=people annotator.file={given.out} and the former annotator as annotator.base")
+    return 0
+
+
+def _import_labels(arguments: list[str]) -> int:
+    from pathlib import Path
+
+    from align_loop.report.people import import_labels
+
+    parser = argparse.ArgumentParser(prog="python -m align_loop import-labels")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--run", type=Path, required=True, help="the run whose pairs were exported")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file of preferences")
+    given = parser.parse_args(arguments)
+    counts = import_labels(given.file, given.run, given.out)
+    print(f"{', '.join(f'{number} {what}' for what, number in counts.items())}; written to {given.out}")
+    print(f"train on them with setting=local setting.preferences={given.out}")
+    return 0
+
+
 def _recipes(arguments: list[str]) -> int:
     from align_loop.recipes import explain, table
 
@@ -89,7 +126,14 @@ def _prepare_process() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-COMMANDS = {"run": _run, "plan": _plan, "show": _show, "recipes": _recipes}
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "show": _show,
+    "export-pairs": _export_pairs,
+    "import-labels": _import_labels,
+    "recipes": _recipes,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -165,6 +165,11 @@ def roles_of(part: Any) -> dict[str, str]:
     return part.roles() if hasattr(part, "roles") else {}
 
 
+def files_of(part: Any) -> dict[str, str]:
+    """The user's files that an annotator reads: name -> path; a part without ``files()`` reads none."""
+    return part.files() if hasattr(part, "files") else {}
+
+
 def stage_names(config: Config) -> list[str]:
     """Every stage of the run, in order: what ``loop.until`` may name."""
     gold = config.setting.has_gold
@@ -244,21 +249,10 @@ def _check_data(config: Config) -> None:
 
 def _check_references(config: Config) -> None:
     unrolled = steps(config)
-    have_reward_model = False
+    trained_roles = {"policy"}
     for step in unrolled:
-        readers = {"annotator": config.annotator_of(step)} if "on_policy" in step.data else {}
-        if "demonstrations" not in step.data:
-            readers |= {f"shapers.{name}": shaper for name, shaper in config.shapers_of(step).items()}
-        for part, reader in readers.items():
-            for name, role in roles_of(reader).items():
-                if role not in ROLES and not Path(role).is_dir():
-                    raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
-                if role == "reward_model" and not have_reward_model:
-                    raise UserError(
-                        f"{part}.{name}=reward_model: step {step.name} comes before any reward model is trained; "
-                        "put a step with role=reward_model before it, or name a model folder"
-                    )
-        have_reward_model = have_reward_model or step.role == "reward_model"
+        _check_readers(config, step, trained_roles)
+        trained_roles.add(step.role)
     trained = [s for s in unrolled if s.role == "policy" and set(s.data) & set(LABELLED)]
     on_policy = any("on_policy" in s.data for s in unrolled)
     reference = roles_of(config.annotator).get("reference")
@@ -271,6 +265,29 @@ def _check_references(config: Config) -> None:
         )
     if any("seed" in s.data for s in unrolled) and not config.setting.has_preferences:
         raise UserError("setting.preferences is missing: this recipe needs labelled preferences")
+
+
+def _check_readers(config: Config, step: Step, trained_roles: set[str]) -> None:
+    """That the models and the truth which a step's annotator and shapers read are there when it comes."""
+    readers = {}
+    if "on_policy" in step.data:
+        readers["annotator"] = annotator = config.annotator_of(step)
+        if getattr(annotator, "needs_gold", False) and not config.setting.has_gold:
+            raise UserError(
+                f"annotator._target_={type(annotator).__name__} reads the true quality of answers, which "
+                f"setting={config.setting.name} does not know; take setting=embedded or another annotator"
+            )
+    if "demonstrations" not in step.data:
+        readers |= {f"shapers.{name}": shaper for name, shaper in config.shapers_of(step).items()}
+    for part, reader in readers.items():
+        for name, role in roles_of(reader).items():
+            if role not in ROLES and not Path(role).is_dir():
+                raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
+            if role == "reward_model" and role not in trained_roles:
+                raise UserError(
+                    f"{part}.{name}=reward_model: step {step.name} comes before any reward model is trained; "
+                    "put a step with role=reward_model before it, or name a model folder"
+                )
 
 
 def _check_lengths(config: Config) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align_loop.config import LABELLED, Config, Step, pairs_name, roles_of, steps
+from align_loop.config import LABELLED, Config, Step, files_of, pairs_name, roles_of, steps
 from align_loop.errors import UserError
 from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
 from align_loop.evaluators.reward import read_reward_evaluation
-from align_loop.parts import node_of, plain, targets_of
+from align_loop.parts import code_of, node_of, plain
 from align_loop.store import Artifact, Stage, Store, read_manifest
 from align_loop.templates import template_text
 
@@ -112,6 +112,11 @@ class Run:
         good = [p for p in self.policies if p.row is None or p.row["good"]]
         return good[-1] if good else None
 
+    @property
+    def unfinished(self) -> dict[str, Artifact]:
+        """What the round under way has made so far: ``sample``, ``annotate``, ...; empty between rounds."""
+        return {artifact.name.rpartition("/")[2]: artifact for artifact in self._made}
+
     # --- one step: train a policy -----------------------------------------------------------------------------
 
     def _train(self, step: Step, policy: Policy) -> Policy:
@@ -120,16 +125,20 @@ class Run:
             return self._train_sft(step, policy)
         tables = self._tables(step, policy)
         start = self.initial if self.config.updater.start == "initial" else policy
-        noise = node_of(self.config.noise) if step.noise and self.config.noise.action != "none" else None
+        noise = self.config.noise if step.noise and self.config.noise.action != "none" else None
         reference = self.initial.model if self.config.updater.reference == "initial" else start.model
         inputs = {"policy": start.model, "reference": reference, **_pairs_of(tables)}
         if self.config.lora:
             inputs["base"] = self.initial.model
             if start.adapter is not None:
                 inputs["adapter"] = start.adapter
-        objective = node_of(step.objective or self.config.objective)
-        config = self._training(step) | {"objective": objective, "noise": noise, "iteration": step.iteration}
-        parts = targets_of([objective, noise])
+        objective = step.objective or self.config.objective
+        config = self._training(step) | {
+            "objective": node_of(objective),
+            "noise": node_of(noise) if noise else None,
+            "iteration": step.iteration,
+        }
+        parts = [*code_of(objective), *(code_of(noise) if noise else [])]
         trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:pairs", config, inputs, parts=parts)
         adapter = self.store.part(trained, "adapter") if self.config.lora else None
         model = self.store.part(trained, "model")
@@ -142,7 +151,7 @@ class Run:
         previous = self.reward_models[-1].model if self.reward_models and settings.start == "previous" else None
         inputs = {"model": previous or self.initial.model, **_pairs_of(tables)}
         config = self._training(step) | {"reward_model": node_of(settings)}
-        run, parts = "align_loop.trainers.reward_stage:reward", [node_of(settings)["_target_"]]
+        run, parts = "align_loop.trainers.reward_stage:reward", code_of(settings)
         trained = self._stage(f"{step.name}/train", run, config, inputs, parts=parts)
         inputs = {"reward_model": trained, "heldout": self._table("heldout")}
         config = {"dtype": self.config.setting.dtype}
@@ -164,7 +173,7 @@ class Run:
         for data in step.data:
             if data in LABELLED:
                 inputs = {"preferences": self._table(TABLES[data]), "tokenizer": policy.model}
-                tables[pairs_name(step, data)] = self._pairs_stage(step, policy, pairs_name(step, data), {}, inputs)
+                tables[pairs_name(step, data)] = self._pairs_stage(step, policy, pairs_name(step, data), None, inputs)
         return tables
 
     def _train_sft(self, step: Step, start: Policy) -> Policy:
@@ -184,6 +193,7 @@ class Run:
         answers = self._sample(f"{step.name}/sample", policy.model, prompts, step.iteration, {})
         annotator = self.config.annotator_of(step)
         models = {name: self._role(role, policy) for name, role in roles_of(annotator).items()}
+        files = {name: self.store.source(path) for name, path in files_of(annotator).items()}
         config = {"annotator": node_of(annotator), "dtype": self.config.setting.dtype, "seed": self.config.seed}
         gold = {}
         if self.config.setting.has_gold:
@@ -196,21 +206,21 @@ class Run:
                 "answers": answers,
                 "prompts": prompts,
                 **models,
+                **files,
                 **(gold if getattr(annotator, "needs_gold", False) else {}),
             },
-            parts=targets_of(config["annotator"]),
+            parts=code_of(annotator),
         )
         inputs = {"prompts": prompts, "answers": answers, "scores": scores, "tokenizer": policy.model, **gold}
-        builder = node_of(step.builder or self.config.builder)
-        pairs = self._pairs_stage(step, policy, "pairs", {"builder": builder}, inputs)
+        pairs = self._pairs_stage(step, policy, "pairs", step.builder or self.config.builder, inputs)
         return {"sample": answers, "annotate": scores, "pairs": pairs, **gold}
 
     def _pairs_stage(
-        self, step: Step, policy: Policy, name: str, config: dict[str, Any], inputs: dict[str, Artifact]
+        self, step: Step, policy: Policy, name: str, builder: Any, inputs: dict[str, Artifact]
     ) -> Artifact:
-        """Pairs from scored answers (with a builder in ``config``) or from people's labels, through the shapers."""
+        """Pairs from scored answers (with a builder) or from people's labels (without one), through the shapers."""
         shapers = self.config.shapers_of(step)
-        if "builder" not in config:  # people's labels have no scores: what works on scores must not make them stale
+        if builder is None:  # people's labels have no scores: what works on scores must not make them stale
             shapers = {name: shaper for name, shaper in shapers.items() if not getattr(shaper, "needs_scores", False)}
         models = {
             f"{shaper}.{key}": self._role(role, policy)
@@ -218,13 +228,14 @@ class Run:
             for key, role in roles_of(part).items()
         }
         config = {
-            **config,
+            **({} if builder is None else {"builder": node_of(builder)}),
             "shapers": {key: node_of(shaper) for key, shaper in shapers.items()},
             "dtype": self.config.setting.dtype,
             "seed": self.config.seed,
         }
-        run = f"align_loop.builders.stage:{'on_policy' if 'builder' in config else 'labelled'}"
-        return self._stage(f"{step.name}/{name}", run, config, {**inputs, **models}, parts=targets_of(config))
+        run = f"align_loop.builders.stage:{'labelled' if builder is None else 'on_policy'}"
+        parts = [*(code_of(builder) if builder else []), *(c for shaper in shapers.values() for c in code_of(shaper))]
+        return self._stage(f"{step.name}/{name}", run, config, {**inputs, **models}, parts=parts)
 
     # --- evaluation -------------------------------------------------------------------------------------------
 

@@ -67,8 +67,9 @@ ANSWERS = pa.schema(
     ]
 )
 
-# Raw annotator output, one row an answer; shapers and builders work on top of it. ``reward_sd``: how far the members
-# of a reward-model ensemble disagree about the reward (standard deviation), else null.
+# Raw annotator output, one row an answer; shapers and builders work on top of it. ``reward_sd``: how far several
+# annotators or members disagree (null for one); ``cost``: what was paid for this answer's score, in the currency of
+# the endpoint's prices.
 SCORES = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -78,6 +79,7 @@ SCORES = pa.schema(
         ("logp_policy", pa.float64()),
         ("logp_reference", pa.float64()),
         ("tokens", pa.int32()),
+        ("cost", pa.float64()),
     ]
 )
 

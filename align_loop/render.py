@@ -57,6 +57,33 @@ class Renderer:
         """The ids of a person's answer, ended by the end-of-sequence token."""
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
+    def followed_by(self, messages: list[Message], text: str) -> tuple[list[int], list[int]]:
+        """(ids of a conversation up to where the user's next message ``text`` begins, ids of that message).
+
+        Encoded apart, as prompt and answer are. ``UserError`` where the template does not show the text as it is.
+        """
+        whole = [*messages, {"role": "user", "content": text}]
+        try:
+            rendered = self.tokenizer.apply_chat_template(whole, tokenize=False)
+        except Exception as error:  # as in prompt_ids
+            raise UserError(f"the chat template of {self.folder} refuses a follow-up turn: {error}") from None
+        at = rendered.rfind(text)
+        if at < 0:
+            raise UserError(f"the chat template of {self.folder} changes the text {text!r}: leave out its outer spaces")
+        encode = self.tokenizer
+        return (
+            list(encode(rendered[:at], add_special_tokens=False).input_ids),
+            list(encode(text, add_special_tokens=False).input_ids),
+        )
+
+    def single_token(self, word: str, key: str) -> int:
+        """The id of a verdict word; ``UserError`` naming ``key`` where the word is not one token."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            pieces = self.tokenizer.convert_ids_to_tokens(ids)
+            raise UserError(f"{key}={word!r} is not one token for {self.folder} but {pieces}: choose another word")
+        return ids[0]
+
     def text(self, ids: list[int]) -> str:
         """The text of sampled ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

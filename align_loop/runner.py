@@ -255,21 +255,24 @@ def _index(walk: Run) -> dict[str, Any]:
         }
         for p in walk.policies
     ]
-    rounds = [
-        {
-            "iteration": p.iteration,
-            "pairs": path(p.round["pairs"], "examples.parquet"),
-            "dropped": path(p.round["pairs"], "dropped.parquet"),
-            "flags": path(p.round.get("train"), "flags.parquet"),
-            "answers": path(p.round["sample"], "answers.parquet"),
-            "scores": path(p.round["annotate"], "scores.parquet"),
-            "gold": path(p.round.get("gold"), "gold.parquet"),
-            "prompts": str(walk.data.path / f"prompts-{p.iteration}.parquet"),
+
+    def tables(iteration: int, made: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "iteration": iteration,
+            "pairs": path(made.get("pairs"), "examples.parquet"),
+            "dropped": path(made.get("pairs"), "dropped.parquet"),
+            "flags": path(made.get("train"), "flags.parquet"),
+            "answers": path(made.get("sample"), "answers.parquet"),
+            "scores": path(made.get("annotate"), "scores.parquet"),
+            "gold": path(made.get("gold"), "gold.parquet"),
+            "prompts": str(walk.data.path / f"prompts-{iteration}.parquet"),
         }
-        for p in walk.policies
-        if p.iteration
-    ]
-    return {"policies": policies, "iterations": rounds, "prompts": str(walk.data.path / "eval_prompts.parquet")}
+
+    rounds = [tables(p.iteration, p.round) for p in walk.policies if p.iteration]
+    # A round that was stopped (``loop.until``), so that people can label its pairs before it goes on.
+    unfinished = tables(len(rounds) + 1, walk.unfinished) if walk.unfinished.get("sample") else None
+    prompts = str(walk.data.path / "eval_prompts.parquet")
+    return {"policies": policies, "iterations": rounds, "unfinished": unfinished, "prompts": prompts}
 
 
 def _write_final(final: Path, name: str, model: Artifact, adapter: Artifact | None = None) -> str:

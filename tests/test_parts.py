@@ -101,7 +101,7 @@ def test_a_long_value_is_cut_in_messages():
         ("no.such.Part", "no module 'no'"),
         ("align_loop.builders.best_wurst.BestWorst", "no module 'align_loop.builders.best_wurst'"),
         ("align_loop.builders.best_worst.BestWurst", "did you mean BestWorst?"),
-        ("align_loop.builders.best_worst.pair", "not a dataclass"),
+        ("align_loop.builders.pair.pair", "not a dataclass"),
         ("align_loop.errors.UserError", "not a dataclass"),
     ],
 )

@@ -75,6 +75,40 @@ def token_logprobs(
     return results
 
 
+def next_token_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    tokens: Sequence[int],
+    *,
+    pad_id: int,
+    token_budget: int,
+    device: str | torch.device,
+    on_done: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """log p(token | prompt) of each of ``tokens`` as what follows each prompt: (prompts, tokens), nats, fp32.
+
+    Batches, order and ``on_done`` as in ``token_logprobs``; their softmax is that of the tokens' logits. Raises
+    ``ValueError`` for an empty prompt.
+    """
+    if not all(prompts):
+        raise ValueError("next_token_logprobs: an empty prompt")
+    results: list[list[float]] = [[] for _ in prompts]
+    wanted = torch.tensor(list(tokens), device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches([(prompt, [0]) for prompt in prompts], token_budget):
+            logits = _last_logits([prompts[i] for i in batch], model, pad_id, device)
+            values = torch.stack([_gather_log_softmax(logits, t.expand(len(batch))) for t in wanted], dim=1).tolist()
+            for index, row in zip(batch, values, strict=True):
+                results[index] = row
+            if on_done is not None:
+                on_done(len(batch))
+    finally:
+        model.train(was_training)
+    return results
+
+
 def sum_logprobs(logprobs: Sequence[Sequence[float]]) -> list[float]:
     """The log-probability of each whole answer, from ``token_logprobs``."""
     return [float(sum(values)) for values in logprobs]
@@ -105,6 +139,18 @@ def _score(
     logits = _logits_at(model, ids.to(device), mask.to(device), rows.to(device), columns.to(device))
     values = iter(_gather_log_softmax(logits, targets).tolist())
     return [[next(values) for _ in answer] for _, answer in batch]
+
+
+@torch.no_grad()
+def _last_logits(
+    prompts: Sequence[list[int]], model: PreTrainedModel, pad_id: int, device: str | torch.device
+) -> torch.Tensor:
+    """Logits (n, vocabulary) behind the last token of each prompt, padded on the right."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts], device=device)
+    mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    columns = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    return _logits_at(model, ids, mask, torch.arange(len(prompts), device=device), columns)
 
 
 def _logits_at(
