@@ -16,7 +16,7 @@ from align_loop.errors import UserError
 from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
-from align_loop.parts import node_of, plain
+from align_loop.parts import node_of, plain, targets
 from align_loop.store import Artifact, Stage, Store, read_manifest
 from align_loop.templates import template_text
 
@@ -104,7 +104,7 @@ class Run:
             if start.adapter is not None:
                 inputs["adapter"] = start.adapter
         settings = {"objective": node_of(self.config.objective), "noise": noise, "iteration": iteration}
-        parts = [node["_target_"] for node in (settings["objective"], noise) if node]
+        parts = [*targets(settings["objective"]), *targets(noise)]
         config = self._training(step) | settings
         trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:pairs", config, inputs, parts=parts)
         adapter = self.store.part(trained, "adapter") if self.config.lora else None

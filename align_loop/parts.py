@@ -85,14 +85,26 @@ def node_of(obj: Any) -> dict[str, Any]:
 
 
 def plain(obj: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (integer keys become text)."""
+    """A dataclass as plain JSON values (integer keys become text); parts within it keep their ``_target_``."""
 
-    def convert(value: Any) -> Any:
+    def convert(value: Any, is_part: bool) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): convert(v) for k, v in value.items()}
-        return [convert(v) for v in value] if isinstance(value, (list, tuple)) else value
+            return {str(k): convert(v, is_part) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(v, is_part) for v in value]
+        if not dataclasses.is_dataclass(value):
+            return value
+        return node_of(value) if is_part else plain(value)
 
-    return convert(dataclasses.asdict(obj))
+    return {f.name: convert(getattr(obj, f.name), bool(f.metadata.get("part"))) for f in dataclasses.fields(obj)}
+
+
+def targets(node: Any) -> list[str]:
+    """Every ``_target_`` in a part's node, those of the parts within it included."""
+    if not isinstance(node, Mapping):
+        return []
+    own = [node["_target_"]] if "_target_" in node else []
+    return own + [target for value in node.values() for target in targets(value)]
 
 
 def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:

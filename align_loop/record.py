@@ -80,6 +80,9 @@ SCORES = pa.schema(
 # Training pairs. ``q``: probability that the first answer is the better one; ``m``: margin in reward units;
 # ``w``: weight; ``beta``: null for the objective's. ``chosen_ids``/``rejected_ids`` end with an EOS id only
 # where one was generated (or a person wrote the answer). ``truncated`` says which side was cut at the limit.
+# Other kinds than pair: a point (``label`` +1, -1 or a score) and a demo have the chosen side alone; a group has
+# ``group_sample_ids``, ``group_ids``, ``group_scores``, one entry an answer. ``beta_rejected``: null for beta;
+# ``chosen_weights``/``rejected_weights``: a weight a token, null for 1.
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),
@@ -104,6 +107,13 @@ EXAMPLES = pa.schema(
         ("m", pa.float64()),
         ("w", pa.float64()),
         ("beta", pa.float64()),
+        ("beta_rejected", pa.float64()),
+        ("label", pa.float64()),
+        ("chosen_weights", pa.list_(pa.float32())),
+        ("rejected_weights", pa.list_(pa.float32())),
+        ("group_sample_ids", pa.list_(pa.string())),
+        ("group_ids", pa.list_(_IDS)),
+        ("group_scores", pa.list_(pa.float64())),
     ]
 )
 
