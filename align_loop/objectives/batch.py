@@ -50,7 +50,7 @@ class ExampleBatch:
         codes = torch.tensor([KINDS.index(kind) for kind in kinds], device=self.kind.device)
         found = torch.isin(self.kind, codes)
         if tag is not None:
-            found &= self.tag == (self.tags.index(tag) if tag in self.tags else -1)
+            found &= self.tag == (self.tags.index(tag) if tag in self.tags else -2)  # -1: some other tag
         return found.nonzero()[:, 0]
 
     def select(self, rows: Tensor) -> ExampleBatch:

@@ -37,8 +37,8 @@ def contrast(chosen: Tensor, rejected: Tensor, inner: Tensor | float, outer: Ten
 def group_contrast(rewards: Tensor, scores: Tensor, weighting: str) -> Tensor:
     """The contrast over all ordered pairs of a group with different scores; 0 where all scores are equal.
 
-    Weights: ``uniform`` (the mean over pairs), ``gap`` (in proportion to the difference of scores, summing to 1), ``dcg``
-    (RankDPO: difference of gains ``2^score - 1`` times difference of discounts ``1/log2(1 + rank)``, not normalised).
+    Weights: ``uniform`` (the mean over pairs), ``gap`` (in proportion to the difference of scores, summing to 1),
+    ``dcg`` (RankDPO: see ``dcg_weights``, not normalised).
     """
     gap = scores[:, None] - scores[None, :]
     better = (gap > 0).to(rewards.dtype)

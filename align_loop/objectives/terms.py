@@ -146,12 +146,12 @@ BASELINES: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class PointTerm(Term):
-    """A point loss (see ``point.py``) on answers with a label: points, both sides of pairs (+1, -1), demonstrations (+1).
+    """A point loss (see ``point.py``) on labelled answers: points, both sides of pairs (+1, -1), demonstrations (+1).
 
     ``kinds``: which of these. A pair's loss is the sum over its two answers. With a soft label q an answer's loss is
-    ``q l(label) + (1 - q) l(-label)``. ``positive_weight`` and ``negative_weight`` multiply the losses of answers with a
-    label above and below 0. ``baseline`` null takes the paper's: ``mismatch`` for kto (KL to the reference, clamped at
-    0), ``running`` for bco (the mean reward of all answers so far; the paper's mean of the two classes' means is the
+    ``q l(label) + (1 - q) l(-label)``. ``positive_weight`` and ``negative_weight`` multiply the losses of answers with
+    a label above and below 0. ``baseline`` null takes the paper's: ``mismatch`` for kto (KL to the reference, clamped
+    at 0), ``running`` for bco (the mean reward of all answers so far; the paper's mean of the two classes' means is the
     same where both are as frequent), ``head`` for dro: a linear value head on the prompt's last hidden state, trained
     jointly and not saved with the model.
     """
@@ -226,10 +226,9 @@ class PointTerm(Term):
         return batch.q * both[0] + (1.0 - batch.q) * both[1]
 
     def _labelled(self, score: Tensor, label: Tensor, betas: Tensor, baseline: Tensor | float) -> Tensor:
-        import torch
-
-        weights = torch.where(label > 0, self.positive_weight, self.negative_weight)
-        return weights.to(score.dtype) * point.point_loss(self.loss, score, label, betas, baseline)
+        good = (label > 0).to(score.dtype)
+        weights = self.positive_weight * good + self.negative_weight * (1.0 - good)
+        return weights * point.point_loss(self.loss, score, label, betas, baseline)
 
 
 @dataclass

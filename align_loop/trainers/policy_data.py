@@ -1,4 +1,4 @@
-"""From the record's examples to padded batches: our token ids, untouched, with everything the losses read beside them."""
+"""From the record's examples to padded batches: our token ids, untouched, with what the losses read beside them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def policy_rows(examples: list[Row], limit: int, padding: bool, mismatch: bool) 
     """The columns that training needs, one row an example, in order; ``index`` is the position in ``examples``.
 
     With ``padding`` one more row follows (``index`` -1, weight 0, of no kind), which fills up the last batch of
-    data-parallel training. With ``mismatch`` each row also names another row, whose answers its prompt is paired with
-    for KTO's baseline: the nearest before it, in a circle, with another prompt. Raises ``UserError`` for an empty prompt
-    or answer and for a sequence longer than ``limit`` tokens: nothing is cut and nothing is dropped here.
+    data-parallel training. With ``mismatch`` each row also has another row's answers, with which its prompt is paired
+    for KTO's baseline: of the nearest before it, in a circle, with another prompt. Raises ``UserError`` for an empty
+    prompt or answer and for a sequence longer than ``limit`` tokens: nothing is cut and nothing is dropped here.
     """
     for row in examples:
         _check_lengths(row, limit)
@@ -115,8 +115,8 @@ class PolicyCollator:
 
     ``input_ids``, ``attention_mask``, ``completion_mask`` (N, T), ``token_weights`` (N, T) where any example has some;
     ``owner``, ``member_score`` (N,); ``chosen``, ``rejected`` (B,) rows of the stack; ``index``, ``kind``, ``tag`` and
-    the columns of ``DEFAULTS`` (B,), in float32; with mismatches ``mismatched_*`` for the stack of those. The meaning is
-    that of ``objectives.batch.ExampleBatch``; ``tags`` are the tags that a term names.
+    the columns of ``DEFAULTS`` (B,), in float32; with mismatches ``mismatched_*`` for the stack of those. The meaning
+    is that of ``objectives.batch.ExampleBatch``; ``tags`` are the tags that a term names.
     """
 
     pad_id: int

@@ -1,4 +1,4 @@
-"""What a policy's training carries besides model and optimiser: flags, trackers, a value head; in its checkpoints too."""
+"""What a policy's training carries besides model and optimiser: flags, trackers, a value head, also in checkpoints."""
 
 from __future__ import annotations
 
