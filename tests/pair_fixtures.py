@@ -44,6 +44,22 @@ def some_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def some_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """``count`` rows of all kinds in turn: pair, point, demo, group."""
+    rows = some_pairs(2 * count, seed)
+    for number, (row, other) in enumerate(zip(rows[:count], rows[count:], strict=True)):
+        kind = ("pair", "point", "demo", "group")[number % 4]
+        row["kind"] = kind
+        if kind == "group":
+            row["group_ids"] = [row.pop("chosen_ids"), row.pop("rejected_ids"), other["chosen_ids"]]
+            row["group_scores"] = [1.0, 0.2, 0.5]
+        elif kind != "pair":
+            del row["rejected_ids"]
+        if kind == "point":
+            row["label"] = 1.0 if number % 8 == 1 else -1.0
+    return rows[:count]
+
+
 def context_for(out: Path) -> StageContext:
     out.mkdir(parents=True, exist_ok=True)
     return StageContext("train", out, quiet=True)

@@ -28,6 +28,7 @@ def test_the_baseline_of_a_batch_and_of_all_batches() -> None:
     assert settled(Baseline("batch", "log_ratio", None), batches) == [2.0, -5.0, 0.0]
     assert settled(Baseline("batch", "log_ratio", 0.0), batches) == [2.0, 0.0, 0.0]
     assert settled(Baseline("running", "log_ratio", None), batches) == [2.0, -11 / 5, -11 / 5]
+    assert settled(Baseline("running", "log_ratio", None), [[]]) == [0.0]
 
 
 def test_both_answers_of_pairs_count() -> None:

@@ -163,7 +163,7 @@ def test_kto_trainers_losses(tmp_path, policy, reference, loss, baseline) -> Non
     expected = gradients(stock, next(iter(stock.get_train_dataloader())))
     term = {"baseline": baseline, "kinds": ["point"], "positive_weight": 1.2, "negative_weight": 0.7}
     assert same(ours(tmp_path, policy, reference, rows, points("kto", **term)), expected)
-    other = {**term, "baseline": "none" if baseline == "mismatch" else "batch"}
+    other = {**term, "baseline": "none" if baseline == "mismatch" else "mismatch"}
     (z0,) = [value for metrics in stock._metrics.values() for value in metrics["kl"]]
     assert (z0 > 0.5) == (baseline == "mismatch")
     assert not same(ours(tmp_path, policy, reference, rows, points("kto", **other)), expected)

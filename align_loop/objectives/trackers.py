@@ -53,7 +53,7 @@ class Baseline:
         found = values[~values.isnan()]
         total, count = found.sum().item(), len(found)
         self.total, self.count = self.total + total, self.count + count
-        mean = self.total / self.count if self.rule == "running" else total / max(count, 1)
+        mean = self.total / max(self.count, 1) if self.rule == "running" else total / max(count, 1)
         self.value = mean if self.floor is None else max(mean, self.floor)
 
     def metrics(self) -> dict[str, float]:
