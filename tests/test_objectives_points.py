@@ -1,9 +1,7 @@
-"""Point, supervised, KL and group losses equal the papers' formulas; wrong formulas are told apart."""
+"""Point, supervised and KL losses equal the papers' formulas; wrong formulas are told apart."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +9,8 @@ import torch
 from algebra import Case, N, batch_of, check, numbers, sigmoid
 from torch import Tensor
 
-from align_loop.objectives.group import contrast
 from align_loop.objectives.objective import Objective
-from align_loop.objectives.terms import GroupTerm, KlTerm, PairTerm, PointTerm, SftTerm
+from align_loop.objectives.terms import KlTerm, PairTerm, PointTerm, SftTerm
 from align_loop.objectives.trackers import Baseline
 
 B = 0.3
@@ -24,10 +21,6 @@ VALUES = [0.1, -0.5, 0.7, 1.0, -1.0, 0.2]
 
 def point(**fields: object) -> Objective:
     return Objective(B, {"point": PointTerm(**fields)})
-
-
-def grouped(**fields: object) -> Objective:
-    return Objective(B, {"group": GroupTerm(**fields)})
 
 
 def at(value: float, rule: str = "batch") -> dict[str, Baseline]:
@@ -49,44 +42,6 @@ def kto(x: SimpleNamespace, z0: float, good: float = 1.0, bad: float = 1.0) -> T
 
 def pair_points(x: SimpleNamespace, good, bad) -> Tensor:
     return good(x.pw - x.rw) + bad(x.pl - x.rl)
-
-
-def per_group(x: SimpleNamespace, loss) -> Tensor:
-    rewards, scores = B * (x.p - x.r), x.member_score
-    return torch.stack([loss(rewards[3 * i : 3 * i + 3], scores[3 * i : 3 * i + 3]) for i in range(N)])
-
-
-def ranking(rewards: Tensor, scores: Tensor, worst_first: bool = False) -> Tensor:
-    order = sorted(range(3), key=lambda i: scores[i].item(), reverse=not worst_first)
-    probability = 1.0
-    for k in range(3):
-        weights = torch.exp(rewards[order[k:]])
-        probability = probability * weights[0] / weights.sum()
-    return -torch.log(probability)
-
-
-def contrasts(rewards: Tensor, scores: Tensor, weigh) -> Tensor:
-    pairs = [(i, j) for i, j in itertools.permutations(range(3), 2) if scores[i] > scores[j]]
-    weights = weigh(scores, pairs)
-    return sum(w * -torch.log(sigmoid(rewards[i] - rewards[j])) for w, (i, j) in zip(weights, pairs, strict=True))
-
-
-def dcg(scores: Tensor, pairs: list[tuple[int, int]]) -> list[float]:
-    rank = {i: 1 + sum(other > scores[i] for other in scores).item() for i in range(3)}
-    return [
-        abs(2 ** scores[i] - 2 ** scores[j]) * abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
-        for i, j in pairs
-    ]
-
-
-def gap_weights(scores: Tensor, pairs: list[tuple[int, int]]) -> list[float]:
-    gaps = [scores[i] - scores[j] for i, j in pairs]
-    return [gap / sum(gaps) for gap in gaps]
-
-
-def rebel(rewards: Tensor, scores: Tensor, sign: float = 1.0) -> Tensor:
-    pairs = list(itertools.combinations(range(3), 2))
-    return sum((rewards[i] - rewards[j] - sign * (scores[i] - scores[j])) ** 2 for i, j in pairs) / len(pairs)
 
 
 def step_scaled(x: SimpleNamespace, tau: float) -> Tensor:
@@ -288,41 +243,6 @@ POINTS = [
         lambda x: pair_points(x, lambda s: s * s / 2, lambda s: s * s / 2),
         lambda x: pair_points(x, lambda s: s * s / 2, lambda s: 0 * s),
     ),
-    Case(
-        "Plackett-Luce",
-        grouped(),
-        lambda x: per_group(x, ranking),
-        lambda x: per_group(x, lambda r, s: ranking(r, s, True)),
-        kind="group",
-    ),
-    Case(
-        "contrast over all pairs",
-        grouped(loss="contrast"),
-        lambda x: per_group(x, lambda r, s: contrasts(r, s, lambda _, p: [1 / 3] * 3)),
-        lambda x: per_group(x, lambda r, s: contrasts(r, s, lambda _, p: [1.0] * 3)),
-        kind="group",
-    ),
-    Case(
-        "contrast by score gaps",
-        grouped(loss="contrast", weighting="gap"),
-        lambda x: per_group(x, lambda r, s: contrasts(r, s, gap_weights)),
-        lambda x: per_group(x, lambda r, s: contrasts(r, s, dcg)),
-        kind="group",
-    ),
-    Case(
-        "RankDPO's weights",
-        grouped(loss="contrast", weighting="dcg"),
-        lambda x: per_group(x, lambda r, s: contrasts(r, s, dcg)),
-        lambda x: per_group(x, lambda r, s: contrasts(-r, s, dcg)),
-        kind="group",
-    ),
-    Case(
-        "REBEL",
-        grouped(loss="regress"),
-        lambda x: per_group(x, rebel),
-        lambda x: per_group(x, lambda r, s: rebel(r, s, -1.0)),
-        kind="group",
-    ),
 ]
 
 
@@ -348,22 +268,3 @@ def test_the_value_head_gets_the_gradient_of_its_own_regression(loss: str) -> No
     x = numbers(batch)
     (found,) = torch.autograd.grad(point(loss=loss).losses(batch, {})["point"].sum(), batch.value)
     assert torch.allclose(found, -(x.label - x.value - B * log_ratio(x)))
-
-
-def test_relative_preference_optimisation_is_a_contrast_with_inner_weights() -> None:
-    """RPO (Yin et al. 2024): every chosen answer against every rejected one, weighted by the prompts' similarity."""
-    batch = batch_of()
-    x = numbers(batch)
-    good, bad = B * (x.pw - x.rw), B * (x.pl - x.rl)
-    weights = torch.softmax(-torch.rand(N, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 0.5, 1)
-    terms = [-torch.log(sigmoid(weights[i, j] * (good[i] - bad[j]))) for i in range(N) for j in range(N)]
-    found = contrast(good, bad, weights, torch.full((N, N), 1 / N**2, dtype=torch.float64))
-    assert torch.allclose(found, sum(terms) / N**2)
-    assert not torch.allclose(contrast(good, bad, 1.0, weights / N), sum(terms) / N**2)
-
-
-def test_equal_scores_of_a_group_have_no_contrast() -> None:
-    batch = batch_of("group")
-    batch.member_score = torch.ones_like(batch.member_score)
-    losses = grouped(loss="contrast").losses(batch, {})["group"]
-    assert losses.tolist() == [0.0] * N

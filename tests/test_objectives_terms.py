@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from algebra import N, batch_of
-from test_objectives_points import B, at, grouped, point
+from test_objectives_groups import grouped
+from test_objectives_points import B, at, point
 
 from align_loop.errors import UserError
 from align_loop.objectives.objective import Objective

@@ -137,7 +137,19 @@ def test_ktos_baseline_comes_from_answers_to_other_prompts(tmp_path, policy, ref
         (logprobs(reference, row, rows[i]["chosen_ids"]) - logprobs(policy, row, rows[i]["chosen_ids"])).sum().item()
         for row, i in zip(rows, sources, strict=True)
     ]
-    assert trainer.trackers["kto"].value == pytest.approx(max(sum(z0) / 4, 0.0), rel=1e-4)
+    assert trainer.trackers["kto"].value == pytest.approx(sum(z0) / 4, rel=1e-4) and sum(z0) > 0.1
+
+
+def test_ktos_baseline_of_pairs_is_over_both_answers(tmp_path, policy, reference) -> None:
+    rows = some_pairs(4)
+    trainer = trainer_for(tmp_path, policy, reference, rows, objective=Objective(B, {"kto": PointTerm()}), micro=1)
+    trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 4, torch.device("cpu"))
+    z0 = [
+        (logprobs(policy, row, rows[i - 1][side]) - logprobs(reference, row, rows[i - 1][side])).sum().item()
+        for i, row in enumerate(rows)
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    assert trainer.trackers["kto"].value == pytest.approx(sum(z0) / 8, rel=1e-4) and sum(z0) > 0
 
 
 def test_noise_flags_see_pairs_alone(tmp_path, policy, reference) -> None:
