@@ -23,6 +23,7 @@ from align_loop.trainers import policy as policy_module
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 from align_loop.trainers.models import load_tokenizer
 from align_loop.trainers.policy import Folders, build_trainer, load_start
+from align_loop.trainers.policy_data import policy_rows
 from align_loop.trainers.policy_trainer import PolicyTrainer
 
 B = 0.2
@@ -271,6 +272,16 @@ def test_what_cannot_be_trained_on_stops_before_anything_is_loaded(tmp_path, pol
     monkeypatch.setattr(policy_module, "load_model", None)
     with pytest.raises(UserError, match="e001: no term of the objective reads kind='point'"):
         train(tmp_path, policy, some_examples(4))
+
+
+def test_the_record_carries_every_kind_to_the_trainer(tmp_path) -> None:
+    rows = some_examples(8)
+    rows[1]["chosen_weights"] = [0.5] * len(rows[1]["chosen_ids"])
+    record.write_table(tmp_path / "examples.parquet", rows, record.EXAMPLES)
+    read = record.read_rows(tmp_path / "examples.parquet")
+    assert read[3]["group_scores"] == [1.0, 0.2, 0.5] and read[2]["rejected_ids"] is read[2]["label"] is None
+    given, found = (policy_rows(table, 256, padding=True, mismatch=True) for table in (rows, read))
+    assert str(given.to_list()) == str(found.to_list()) and len(found) == 9
 
 
 def test_token_weights_go_one_to_a_token(tmp_path, policy) -> None:

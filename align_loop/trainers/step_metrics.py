@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from align_loop.objectives.batch import KINDS, ExampleBatch
+from align_loop.objectives.batch import ExampleBatch
 from align_loop.objectives.objective import Objective
 
 COLUMNS = ("index", "chosen", "rejected", "logp_chosen", "logp_rejected", "drift")
@@ -51,7 +51,7 @@ class StepMetrics:
             side = view.side(answers)
             logps = side.score("log_prob")
             rewards = reader.reward(view, side, objective.beta) if reader else torch.full_like(logps, math.nan)
-            bad = (view.label < 0) & (KINDS.index(kind) == KINDS.index("point"))
+            bad = view.label < 0 if kind == "point" else torch.zeros_like(view.label, dtype=torch.bool)
             for good, place in ((~bad, name), (bad, "rejected")):
                 shown[place][rows[good]] = rewards[good].to(shown[place].dtype)
                 shown[f"logp_{place}"][rows[good]] = logps[good].to(shown[place].dtype)
