@@ -207,7 +207,7 @@ def _check_schedule(config: Config) -> None:
     if config.loop.iterations and not config.schedule.iteration:
         raise UserError(f"loop.iterations={config.loop.iterations}, but {config.experiment} has no loop: set it to 0")
     every = [*config.schedule.before, *config.schedule.iteration]
-    if doubled := [name for name, count in Counter(step.name for step in every).items() if count > 1]:
+    if doubled := [name for name, count in Counter(step.name for step in steps(config)).items() if count > 1]:
         raise UserError(f"schedule: two steps are called {doubled[0]}; give each a name of its own")
     for step in every:
         if step.training not in config.setting.training:

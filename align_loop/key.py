@@ -73,7 +73,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     Both have ``run``, ``config``, ``inputs`` (name -> digest; None where not made yet, which is no difference),
     ``code`` (file -> digest) and ``seed``. Phrases: ``config.training.learning_rate 3e-05 -> 0.0001``,
-    ``input policy changed``, ``code changed: align_loop/trainers/pairs.py``, ``seed 0 -> 1``.
+    ``input policy changed``, ``code changed: align_loop/trainers/policy.py``, ``seed 0 -> 1``.
     """
     found = _values("run", old["run"], new["run"])
     found += _values("config", old["config"], new["config"])

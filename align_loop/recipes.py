@@ -102,7 +102,7 @@ def _used_parts(node: dict[str, Any]) -> dict[str, dict[str, Any]]:
     own = any("on_policy" in step["data"] for step in steps)
     pairs = any("demonstrations" not in step["data"] and step.get("role", "policy") == "policy" for step in steps)
     used = {key: node[key] for key in ("sampler", "annotator", "builder") if own}
-    used |= {"objective": node["objective"]} if pairs else {}
+    used |= {f"loss {name}": term for name, term in node["objective"]["terms"].items()} if pairs else {}
     if any(step.get("role") == "reward_model" for step in steps):
         used["reward_model"] = node["reward_model"]
     if node["noise"].get("action") != "none" and any(step.get("noise") for step in steps):
@@ -128,7 +128,7 @@ def _class(node: Any) -> str:
 
 
 def _shown(node: dict[str, Any]) -> str:
-    values = ", ".join(f"{k}={v}" for k, v in node.items() if k != "_target_" and not isinstance(v, dict))
+    values = ", ".join(f"{k}={v}" for k, v in node.items() if k != "_target_" and v is not None)
     return f" ({values})" if values else ""
 
 

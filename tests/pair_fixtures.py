@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tiny import EOS_ID
 
 from align_loop.objectives.noise import NoiseHandling
-from align_loop.objectives.pair import PairObjective
+from align_loop.objectives.objective import Objective
 from align_loop.stage import StageContext
 from align_loop.trainers.config import TrainingConfig
 from align_loop.trainers.models import load_tokenizer
-from align_loop.trainers.pair_trainer import PairTrainer
-from align_loop.trainers.pairs import _start, build_trainer, train_pairs
+from align_loop.trainers.policy import Folders, PolicyTraining, build_trainer, load_start, train_policy
+from align_loop.trainers.policy_trainer import PolicyTrainer
 
 CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
 TRAINING = TrainingConfig(learning_rate=2e-3, epochs=1, batch_size=8)
@@ -44,30 +44,48 @@ def some_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def some_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """``count`` rows of all kinds in turn: pair, point, demo, group."""
+    rows = some_pairs(2 * count, seed)
+    for number, (row, other) in enumerate(zip(rows[:count], rows[count:], strict=True)):
+        kind = ("pair", "point", "demo", "group")[number % 4]
+        row["kind"] = kind
+        if kind == "group":
+            row["group_ids"] = [row.pop("chosen_ids"), row.pop("rejected_ids"), other["chosen_ids"]]
+            row["group_scores"] = [1.0, 0.2, 0.5]
+        elif kind != "pair":
+            del row["rejected_ids"]
+        if kind == "point":
+            row["label"] = 1.0 if number % 8 == 1 else -1.0
+    return rows[:count]
+
+
 def context_for(out: Path) -> StageContext:
     out.mkdir(parents=True, exist_ok=True)
     return StageContext("train", out, quiet=True)
 
 
-def train(out: Path, policy: Path, examples: list[dict[str, Any]], micro: int = 8, **changes: Any) -> StageContext:
-    """``train_pairs`` with the defaults of these tests; ``changes`` override its arguments."""
+def how(**changes: Any) -> PolicyTraining:
+    """The training of these tests: DPO, without noise handling; ``changes`` override its fields."""
+    fields = {"objective": Objective(), "noise": None, "iteration": 1, "training": TRAINING, "lora": None, "seed": 5}
+    return PolicyTraining(**{**fields, "hardware": {**CPU, "micro_batch_size": 8}, **changes})
+
+
+def train(
+    out: Path,
+    policy: Path,
+    examples: list[dict[str, Any]],
+    micro: int = 8,
+    reference: Path | None = None,
+    base: Path | None = None,
+    adapter: Path | None = None,
+    **changes: Any,
+) -> StageContext:
+    """``train_policy`` with the defaults of these tests; ``changes`` override the training's fields."""
     context = context_for(out)
-    arguments = {
-        "policy_dir": policy,
-        "reference_dir": policy,
-        "examples": examples,
-        "out": out,
-        "objective": PairObjective(),
-        "noise": None,
-        "iteration": 1,
-        "training": TRAINING,
-        "lora": None,
-        "adapter_dir": None,
-        "seed": 5,
-        "hardware": {**CPU, "micro_batch_size": micro},
-        "context": context,
-    }
-    train_pairs(**{**arguments, **changes})
+    folders = Folders(policy, reference or policy, base, adapter)
+    settings = how(**{"hardware": {**CPU, "micro_batch_size": micro}, **changes})
+    train_policy(folders, examples, out, settings, context)
     return context
 
 
@@ -79,23 +97,14 @@ def trainer_for(
     noise: NoiseHandling | None = None,
     micro: int = 8,
     training: TrainingConfig = TRAINING,
+    objective: Objective | None = None,
     **overrides: Any,
-) -> PairTrainer:
-    """The trainer that ``train_pairs`` would use, not yet run."""
+) -> PolicyTrainer:
+    """The trainer that ``train_policy`` would use, not yet run."""
     hardware = {**CPU, "micro_batch_size": micro}
-    return build_trainer(
-        start=_start(policy, reference, None, None, None, 5, hardware),
-        tokenizer=load_tokenizer(policy),
-        examples=examples,
-        out=out,
-        objective=PairObjective(),
-        noise=noise,
-        iteration=1,
-        training=training,
-        seed=5,
-        hardware=hardware,
-        **overrides,
-    )
+    settings = how(noise=noise, training=training, hardware=hardware, objective=objective or Objective())
+    start = load_start(Folders(policy, reference), settings)
+    return build_trainer(start, load_tokenizer(policy), examples, out, settings, **overrides)
 
 
 def weights(directory: Path) -> torch.Tensor:

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align_loop.objectives.pair import PairObjective, pair_logits, pair_loss, summed_logprobs
+from align_loop.objectives.objective import Objective
+from align_loop.objectives.pair import pair_logits, pair_loss
+from align_loop.objectives.scores import summed_logprobs
 
 scores = st.floats(-200, 200)
 pairs = st.tuples(scores, scores, st.floats(-0.5, 1.5), st.floats(-3, 3), st.floats(0.01, 2), st.floats(0, 3))
@@ -70,4 +72,4 @@ def test_summed_logprobs_widens_bfloat16_before_summing() -> None:
 @pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
     with pytest.raises(ValueError, match="objective.beta"):
-        PairObjective(beta=beta)
+        Objective(beta=beta)

@@ -51,7 +51,7 @@ def test_lora_values_out_of_range_are_refused_by_name(wrong: dict) -> None:
 
 def test_settings_and_objectives_load_without_torch() -> None:
     code = (
-        "import sys; import align_loop.trainers.config, align_loop.objectives.noise, align_loop.objectives.pair\n"
+        "import sys; import align_loop.trainers.config, align_loop.objectives.noise, align_loop.objectives.objective\n"
         "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

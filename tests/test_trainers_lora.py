@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from pair_fixtures import CPU, change, some_pairs, train, weights
+from pair_fixtures import CPU, change, how, some_pairs, train, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from align_loop.objectives.noise import NoiseHandling
-from align_loop.objectives.pair import PairObjective
 from align_loop.trainers import lora as adapters
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 from align_loop.trainers.models import load_tokenizer
-from align_loop.trainers.pairs import _start, build_trainer
+from align_loop.trainers.policy import Folders, build_trainer, load_start
 
 LORA = LoraConfig(r=4, alpha=8)
 TRAINING = TrainingConfig(learning_rate=2e-2, epochs=1, batch_size=8)
@@ -41,19 +40,9 @@ def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(tmp_path: Path, base: Path, policy: Path, reference: Path, adapter: Path | None, **overrides):
-    return build_trainer(
-        start=_start(policy, reference, base, adapter, LORA, 5, HARDWARE),
-        tokenizer=load_tokenizer(base),
-        examples=some_pairs(24, seed=1),
-        out=tmp_path,
-        objective=PairObjective(),
-        noise=NoiseHandling(warmup=0.0, share=0.25),
-        iteration=1,
-        training=TRAINING,
-        seed=5,
-        hardware=HARDWARE,
-        **overrides,
-    )
+    settings = how(noise=NoiseHandling(warmup=0.0, share=0.25), training=TRAINING, lora=LORA, hardware=HARDWARE)
+    start = load_start(Folders(policy, reference, base, adapter), settings)
+    return build_trainer(start, load_tokenizer(base), some_pairs(24, seed=1), tmp_path, settings, **overrides)
 
 
 def first_batch(trainer_) -> dict:
@@ -91,8 +80,8 @@ def test_the_second_round_starts_from_the_adapter_against_its_frozen_copy(tmp_pa
         some_pairs(24, seed=1),
         lora=LORA,
         training=TRAINING,
-        base_dir=base,
-        adapter_dir=first / "adapter",
+        base=base,
+        adapter=first / "adapter",
         noise=NoiseHandling(warmup=0.0),
     )
     assert context.report["facts"]["step0_margin"] <= 1e-3  # not the base: margins to that would be large
@@ -142,8 +131,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, base, first) -> None:
             first / "model",
             some_pairs(16, seed=1),
             lora=LORA,
-            base_dir=base,
-            adapter_dir=first / "adapter",
+            base=base,
+            adapter=first / "adapter",
             noise=NoiseHandling(warmup=0.0),
             hardware={**HARDWARE, "micro_batch_size": 4, "gradient_checkpointing": on},
         )
@@ -160,9 +149,9 @@ def test_a_merge_that_is_not_exact_is_refused() -> None:
 
 def test_folders_that_do_not_fit_together_are_refused(tmp_path, base, first) -> None:
     with pytest.raises(ValueError, match="needs its base"):
-        train(tmp_path, base, some_pairs(8), lora=LORA, adapter_dir=first / "adapter")
+        train(tmp_path, base, some_pairs(8), lora=LORA, adapter=first / "adapter")
     with pytest.raises(ValueError, match="its adapter_dir must be given"):
-        train(tmp_path, first / "model", some_pairs(8), lora=LORA, base_dir=base)
+        train(tmp_path, first / "model", some_pairs(8), lora=LORA, base=base)
     other = tiny_llama(tmp_path / "other", seed=9)
     with pytest.raises(ValueError, match="must be the policy .* or the base"):
         train(
@@ -170,7 +159,7 @@ def test_folders_that_do_not_fit_together_are_refused(tmp_path, base, first) -> 
             first / "model",
             some_pairs(8),
             lora=LORA,
-            base_dir=base,
-            adapter_dir=first / "adapter",
-            reference_dir=other,
+            base=base,
+            adapter=first / "adapter",
+            reference=other,
         )

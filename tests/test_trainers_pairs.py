@@ -17,11 +17,11 @@ from trl import DPOConfig, DPOTrainer
 from align_loop import record
 from align_loop.errors import UserError
 from align_loop.objectives.noise import NoiseHandling
-from align_loop.trainers import pairs
+from align_loop.trainers import policy as policy_module
 from align_loop.trainers.common import EpochSampler, trainer_arguments
 from align_loop.trainers.config import TrainingConfig
 from align_loop.trainers.models import load_model, load_tokenizer
-from align_loop.trainers.pair_trainer import PairTrainer
+from align_loop.trainers.policy_trainer import PolicyTrainer
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_micro_batch_changes_neither_weights_nor_flags(tmp_path, policy, noi
 def test_the_fused_head_used_on_gpus_trains_the_same(tmp_path, policy, rule, monkeypatch) -> None:
     examples, noise = some_pairs(32), NoiseHandling(rule=rule, share=0.25, warmup=0.0)
     train(tmp_path / "logits", policy, examples, noise=noise)
-    monkeypatch.setattr(PairTrainer, "_keeps_logits", property(lambda self: False))
+    monkeypatch.setattr(PolicyTrainer, "_keeps_logits", property(lambda self: False))
     train(tmp_path / "fused", policy, examples, noise=noise)
     assert change(policy, tmp_path / "fused" / "model", tmp_path / "logits" / "model") <= 1e-4
     one, other = (record.read_rows(tmp_path / name / "flags.parquet") for name in ("logits", "fused"))
@@ -221,14 +221,14 @@ def test_a_reference_that_is_not_the_policy_it_should_be_stops_the_training(
 ) -> None:
     """The fault: the second load of the same folder gives other weights."""
     loads = iter([policy, reference])
-    monkeypatch.setattr(pairs, "load_model", lambda path, hardware: load_model(next(loads), hardware))
+    monkeypatch.setattr(policy_module, "load_model", lambda path, hardware: load_model(next(loads), hardware))
     with pytest.raises(RuntimeError, match=f"{policy}.*{policy}"):
         train(tmp_path, policy, some_pairs(8))
     assert not (tmp_path / "model").exists()
 
 
 def test_another_reference_is_no_fault(tmp_path, policy, reference) -> None:
-    context = train(tmp_path, policy, some_pairs(8), reference_dir=reference)
+    context = train(tmp_path, policy, some_pairs(8), reference=reference)
     assert context.report["facts"]["step0_margin"] > 1
 
 

@@ -79,6 +79,6 @@ def prove_merge(adapted: list[float], merged: list[float], dtype: torch.dtype) -
 
 
 def probes_of(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """A few short whole sequences (prompt and chosen answer) to compare models on."""
-    sequences = [list(row["prompt_ids"]) + list(row["chosen_ids"]) for row in rows]
+    """A few short whole sequences (prompt and an example's first answer) to compare models on."""
+    sequences = [list(row["prompt_ids"]) + list(row.get("chosen_ids") or row["group_ids"][0]) for row in rows]
     return sorted(sequences, key=len)[:PROBES]

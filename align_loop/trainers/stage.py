@@ -38,19 +38,20 @@ def pairs(config: dict[str, Any], inputs: dict[str, Path], context: StageContext
     Inputs: the model folders ``policy`` and ``reference``, the stages ``pairs``, ``pairs-...`` (trained on as one) and,
     with LoRA, ``base`` (the SFT model that the adapter sits on) and, after the first round, ``adapter``.
     """
-    from align_loop.trainers.pairs import train_pairs
+    from align_loop.trainers.policy import Folders, PolicyTraining, train_policy
 
-    train_pairs(
-        policy_dir=inputs["policy"],
-        reference_dir=inputs["reference"],
-        base_dir=inputs.get("base"),
-        adapter_dir=inputs.get("adapter"),
-        examples=examples_of(inputs),
-        out=context.out,
-        objective=part(config["objective"], "objective"),
-        noise=part(config["noise"], "noise") if config["noise"] else None,
-        iteration=config["iteration"],
-        **_common(config, context),
+    common = _common(config, context)
+    train_policy(
+        Folders(inputs["policy"], inputs["reference"], inputs.get("base"), inputs.get("adapter")),
+        examples_of(inputs),
+        context.out,
+        PolicyTraining(
+            objective=part(config["objective"], "objective"),
+            noise=part(config["noise"], "noise") if config["noise"] else None,
+            iteration=config["iteration"],
+            **{name: common[name] for name in ("training", "lora", "seed", "hardware")},
+        ),
+        context,
     )
 
 
