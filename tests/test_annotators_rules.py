@@ -191,7 +191,7 @@ class Fixed:
 
 def ensemble_job(tmp_path):
     prompts, answers = made(n=2, count=2)
-    models = {"a.judge": "A", "b.judge": "B"}
+    models = {"members.a.judge": "A", "members.b.judge": "B"}
     return job(tmp_path, (prompts, answers), models), [row["sample_id"] for row in answers]
 
 
@@ -206,7 +206,7 @@ def test_mean_and_spread_by_hand(tmp_path):
     assert rows[w]["cost"] == 0.5 and work.context.report["tokens"] == 20
     assert compared(got) == {(w, x): pytest.approx(0.3), (x, w): pytest.approx(0.7)}
     report = work.context.report["facts"]
-    assert (report["a: read"], report["b: read"], report["a: answers scored"]) == ("A", "B", 3)
+    assert (report["members.a: read"], report["members.b: read"], report["members.a: answers scored"]) == ("A", "B", 3)
     normal = Ensemble({"a": first, "b": second}).annotate(work)
     step = math.sqrt(1.5)  # 1, 3, 5 become -step, 0, step
     assert rewards(normal) == pytest.approx({w: -step / 2, x: -step / 2, y: step})
@@ -216,7 +216,7 @@ def test_mean_and_spread_by_hand(tmp_path):
 def test_members_are_parts_with_their_own_models_gold_and_code(tmp_path):
     members = {"a": Fixed(), "b": Gold()}
     whole = Ensemble(members)
-    assert whole.roles() == {"a.judge": "policy"} and whole.needs_gold and whole.files() == {}
+    assert whole.roles() == {"members.a.judge": "policy"} and whole.needs_gold and whole.files() == {}
     assert not Ensemble({"a": Fixed(), "b": Fixed()}).needs_gold
     assert code_of(whole)[1:] == [f"{__name__}.Fixed", "align_loop.annotators.gold.Gold"]
     node = node_of(whole)
@@ -242,7 +242,9 @@ def test_an_ensemble_runs_as_a_stage(tmp_path):
     rows = [{"sample_id": s, "prompt_id": "p", "gold": g} for s, g in quality(answers).items()]
     write_table(tmp_path / "gold" / "gold.parquet", rows, GOLD)
     whole = Ensemble({"self": ImplicitReward(), "person": Gold(budget=2)})
-    models = {f"self.{name}": tiny_llama(tmp_path / name, seed=i) for i, name in enumerate(("policy", "reference"))}
+    models = {
+        f"members.self.{name}": tiny_llama(tmp_path / name, seed=i) for i, name in enumerate(("policy", "reference"))
+    }
     inputs = {"answers": tmp_path / "sample", "prompts": tmp_path / "prompts.parquet", "gold": tmp_path / "gold"}
     (tmp_path / "out").mkdir()
     context = StageContext("s", tmp_path / "out", hardware={"device": "cpu"}, quiet=True)
@@ -251,4 +253,4 @@ def test_an_ensemble_runs_as_a_stage(tmp_path):
     scores = read_rows(tmp_path / "out" / "scores.parquet")
     assert len(scores) == 6 and all(row["reward_sd"] >= 0 and row["logp_reference"] < 0 for row in scores)
     assert context.report["rows"]["answers"] == {"in": 12, "out": 6, "dropped": {"not scored": 6}}
-    assert context.report["rows"]["person: prompts"] == {"in": 4, "out": 2, "dropped": {"budget": 2}}
+    assert context.report["rows"]["members.person: prompts"] == {"in": 4, "out": 2, "dropped": {"budget": 2}}
