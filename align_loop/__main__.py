@@ -18,7 +18,7 @@ USAGE = """usage:
   python -m align_loop show RUN_DIR pairs|answers [--iteration I] [--flagged]            page through what was made
   python -m align_loop export-pairs RUN_DIR --iteration I --number N --out FILE          pairs for people to decide
   python -m align_loop import-labels FILE --run RUN_DIR --out FILE.jsonl                 their labels as preferences
-  python -m align_loop recipes                                                           list the recipes"""
+  python -m align_loop recipes [NAME]                                                    list them, or explain one"""
 
 
 def main(arguments: list[str]) -> int:
@@ -109,12 +109,10 @@ def _import_labels(arguments: list[str]) -> int:
     return 0
 
 
-def _recipes(_: list[str]) -> int:
-    from align_loop.compose import conf_dir
+def _recipes(arguments: list[str]) -> int:
+    from align_loop.recipes import explain, table
 
-    for file in sorted((conf_dir() / "experiment").glob("*.yaml")):
-        comments = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-        print(f"{file.stem:<18} {next((c for c in comments if not c.startswith('@')), '')}")
+    print(table() if not arguments else "\n\n\n".join(explain(name) for name in arguments))
     return 0
 
 

@@ -6,6 +6,8 @@ configuration is found here, before any stage runs, as a ``UserError`` of one li
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,29 +16,40 @@ from align_loop.errors import UserError
 from align_loop.parts import PART, build, nearest
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 
-ROLES = ("policy", "initial", "previous")  # what an annotator may read, beside model folders
+ROLES = ("policy", "initial", "previous", "reward_model")  # what a part may read, beside model folders
+LABELLED = ("seed", "all_labels")
+
+Data = Literal["demonstrations", "seed", "all_labels", "on_policy"]
 
 
 @dataclass
 class Step:
-    """One training of the policy: on which data, with which of the setting's training blocks.
+    """One training of one role: on which data, with which of the setting's training blocks.
 
-    ``data``: demonstrations (supervised), seed (the labelled preferences), all_labels (every preference), or
-    on_policy (sampled, annotated and built in this iteration). ``noise``: whether noise handling acts here.
+    ``data``: demonstrations (supervised), seed (the labelled preferences), all_labels (every preference), or on_policy
+    (sampled, annotated and built in this iteration); several tables are trained on as one. ``role``: what is trained
+    (``updater`` and ``reward_model`` say from where). ``noise``: whether noise handling acts here. ``annotator``,
+    ``builder``, ``shapers``, ``objective``: this step's own, where it differs from the run's.
     """
 
     name: str
-    data: Literal["demonstrations", "seed", "all_labels", "on_policy"]
+    data: list[Data]
     training: str
+    role: Literal["policy", "reward_model"] = "policy"
     noise: bool = False
+    annotator: Any = field(default=None, metadata=PART)
+    builder: Any = field(default=None, metadata=PART)
+    shapers: dict[str, Any] | None = field(default=None, metadata=PART)
+    objective: Any = field(default=None, metadata=PART)
+    iteration: int = field(default=0, init=False)  # set when the schedule is unrolled; 0: before the loop
 
 
 @dataclass
 class Schedule:
-    """Steps that run once before the loop, and the step of each iteration."""
+    """Steps that run once before the loop, and those of each iteration."""
 
     before: list[Step] = field(default_factory=list)
-    iteration: Step | None = None
+    iteration: list[Step] = field(default_factory=list)
 
 
 @dataclass
@@ -54,8 +67,13 @@ class Loop:
 
 @dataclass
 class Updater:
-    """What training starts from and is held against: ``reference`` previous (the step's start) or initial (SFT)."""
+    """What training a policy starts from and is held against.
 
+    ``start``: previous (the policy before) or initial (the SFT model anew in every step); ``reference``: previous (what
+    the step starts from) or initial.
+    """
+
+    start: Literal["previous", "initial"] = "previous"
     reference: Literal["previous", "initial"] = "previous"
 
 
@@ -104,6 +122,7 @@ class Config:
     setting: Any = field(metadata=PART)
     hardware: Hardware
     objective: Any = field(metadata=PART)  # before the annotator, whose beta is this one's
+    reward_model: Any = field(metadata=PART)
     sampler: Any = field(metadata=PART)
     annotator: Any = field(metadata=PART)
     builder: Any = field(metadata=PART)
@@ -121,7 +140,15 @@ class Config:
     def trains_sft(self) -> bool:
         """Whether the run starts with supervised fine-tuning."""
         wanted = self.sft == "train" or (self.sft == "auto" and self.setting.has_demonstrations)
-        return wanted and any(step.data == "demonstrations" for step in self.schedule.before)
+        return wanted and any("demonstrations" in step.data for step in self.schedule.before)
+
+    def annotator_of(self, step: Step) -> Any:
+        """Who annotates for ``step``."""
+        return step.annotator or self.annotator
+
+    def shapers_of(self, step: Step) -> dict[str, Any]:
+        """The shapers of ``step``, by name."""
+        return self.shapers if step.shapers is None else step.shapers
 
 
 def from_node(node: dict[str, Any]) -> Config:
@@ -152,21 +179,26 @@ def stage_names(config: Config) -> list[str]:
     names += [] if config.setting.chat_template is None else ["template"]
     names += [] if config.trains_sft else [f"initial/{part}" for part in measured]
     for step in steps(config):
-        parts = {"demonstrations": [], "on_policy": own}.get(step.data, ["pairs"])
-        names += [f"{step.name}/{part}" for part in (*parts, "train", *measured)]
+        parts = own if "on_policy" in step.data else []
+        parts += [pairs_name(step, data) for data in step.data if data in LABELLED]
+        after = measured if step.role == "policy" else ["evaluate"]
+        names += [f"{step.name}/{part}" for part in (*parts, "train", *after)]
     return names
+
+
+def pairs_name(step: Step, data: str) -> str:
+    """The stage that makes the pairs of one of the step's tables: ``pairs``, or ``pairs-seed`` beside others."""
+    return "pairs" if len(step.data) == 1 or data == "on_policy" else f"pairs-{data}"
 
 
 def steps(config: Config) -> list[Step]:
     """The schedule unrolled: the steps before the loop, then ``iteration-1``, ``iteration-2``, ..."""
-    before = [s for s in config.schedule.before if s.data != "demonstrations" or config.trains_sft]
-    one = config.schedule.iteration
-    loop = (
-        [Step(f"{one.name}-{i}", one.data, one.training, one.noise) for i in range(1, config.loop.iterations + 1)]
-        if one
-        else []
-    )
-    return [*before, *loop]
+    unrolled = [s for s in config.schedule.before if "demonstrations" not in s.data or config.trains_sft]
+    for i in range(1, config.loop.iterations + 1):
+        for step in config.schedule.iteration:
+            unrolled.append(copy.copy(step))
+            unrolled[-1].name, unrolled[-1].iteration = f"{step.name}-{i}", i
+    return unrolled
 
 
 def _check_schedule(config: Config) -> None:
@@ -174,16 +206,17 @@ def _check_schedule(config: Config) -> None:
         raise UserError("no recipe chosen: add +experiment=NAME; python -m align_loop recipes lists them")
     if config.loop.iterations and not config.schedule.iteration:
         raise UserError(f"loop.iterations={config.loop.iterations}, but {config.experiment} has no loop: set it to 0")
-    for step in [*config.schedule.before, *([config.schedule.iteration] if config.schedule.iteration else [])]:
+    every = [*config.schedule.before, *config.schedule.iteration]
+    if doubled := [name for name, count in Counter(step.name for step in every).items() if count > 1]:
+        raise UserError(f"schedule: two steps are called {doubled[0]}; give each a name of its own")
+    for step in every:
         if step.training not in config.setting.training:
             known = nearest(step.training, config.setting.training)
             raise UserError(f"schedule: step {step.name}: training={step.training} is not in setting.training; {known}")
-    later = [*config.schedule.before[1:], *([config.schedule.iteration] if config.schedule.iteration else [])]
-    if wrong := [step.name for step in later if step.data == "demonstrations"]:
-        raise UserError(f"schedule: step {wrong[0]}: data=demonstrations is possible in the first step alone")
-    on_policy = [s for s in steps(config) if s.data == "on_policy"]
+    _check_data(config)
+    on_policy = [s for s in steps(config) if "on_policy" in s.data]
     if on_policy:
-        config.setting.check_iterations(len(on_policy))
+        config.setting.check_iterations(config.loop.iterations)
     noisy = len([s for s in on_policy if s.noise])
     if config.noise.action != "none" and noisy > len(config.noise.decoupling):
         raise UserError(
@@ -202,21 +235,39 @@ def _check_schedule(config: Config) -> None:
         raise UserError(f"loop.until={config.loop.until}: no such stage; {nearest(config.loop.until, names)}")
 
 
+def _check_data(config: Config) -> None:
+    for number, step in enumerate([*config.schedule.before, *config.schedule.iteration]):
+        if not step.data:
+            raise UserError(f"schedule: step {step.name}: data=[] is nothing to train on")
+        if "demonstrations" in step.data and (number or config.schedule.before == []):
+            raise UserError(f"schedule: step {step.name}: data=demonstrations is possible in the first step alone")
+        if "demonstrations" in step.data and (len(step.data) > 1 or step.role != "policy"):
+            raise UserError(f"schedule: step {step.name}: data=demonstrations trains the policy, and on nothing else")
+    if wrong := [step.name for step in config.schedule.before if "on_policy" in step.data]:
+        raise UserError(f"schedule: step {wrong[0]}: data=on_policy is possible in the loop alone")
+
+
 def _check_references(config: Config) -> None:
     unrolled = steps(config)
-    trained = [s for s in unrolled if s.data in ("seed", "all_labels")]
-    on_policy = any(s.data == "on_policy" for s in unrolled)
-    readers = {"annotator": config.annotator} if on_policy else {}
-    readers |= {f"shapers.{name}": shaper for name, shaper in config.shapers.items()}
-    for part, reader in readers.items():
-        for name, role in roles_of(reader).items():
-            if role not in ROLES and not Path(role).is_dir():
-                raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
-    if on_policy and getattr(config.annotator, "needs_gold", False) and not config.setting.has_gold:
-        raise UserError(
-            f"annotator._target_={type(config.annotator).__name__} reads the true quality of answers, which "
-            f"setting={config.setting.name} does not know; take setting=embedded or another annotator"
-        )
+    have_reward_model = False
+    for step in unrolled:
+        if "on_policy" in step.data and getattr(config.annotator_of(step), "needs_gold", False):
+            _check_gold(config, config.annotator_of(step))
+        readers = {"annotator": config.annotator_of(step)} if "on_policy" in step.data else {}
+        if "demonstrations" not in step.data:
+            readers |= {f"shapers.{name}": shaper for name, shaper in config.shapers_of(step).items()}
+        for part, reader in readers.items():
+            for name, role in roles_of(reader).items():
+                if role not in ROLES and not Path(role).is_dir():
+                    raise UserError(f"{part}.{name}={role}: no model folder, and no role; {nearest(role, ROLES)}")
+                if role == "reward_model" and not have_reward_model:
+                    raise UserError(
+                        f"{part}.{name}=reward_model: step {step.name} comes before any reward model is trained; "
+                        "put a step with role=reward_model before it, or name a model folder"
+                    )
+        have_reward_model = have_reward_model or step.role == "reward_model"
+    trained = [s for s in unrolled if s.role == "policy" and set(s.data) & set(LABELLED)]
+    on_policy = any("on_policy" in s.data for s in unrolled)
     for name, reference in roles_of(config.annotator).items():
         if not on_policy or name.rpartition(".")[2] != "reference":
             continue
@@ -227,8 +278,16 @@ def _check_references(config: Config) -> None:
                 f"annotator.{name}={reference}: without a step on labelled data the first policy is "
                 f"the reference itself and all rewards would be 0; name another model (annotator.{name}=FOLDER)"
             )
-    if any(s.data == "seed" for s in unrolled) and not config.setting.has_preferences:
+    if any("seed" in s.data for s in unrolled) and not config.setting.has_preferences:
         raise UserError("setting.preferences is missing: this recipe needs labelled preferences")
+
+
+def _check_gold(config: Config, annotator: Any) -> None:
+    if not config.setting.has_gold:
+        raise UserError(
+            f"annotator._target_={type(annotator).__name__} reads the true quality of answers, which "
+            f"setting={config.setting.name} does not know; take setting=embedded or another annotator"
+        )
 
 
 def _check_lengths(config: Config) -> None:

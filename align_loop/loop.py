@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align_loop.config import Config, Step, files_of, roles_of, steps
+from align_loop.config import LABELLED, Config, Step, files_of, pairs_name, roles_of, steps
 from align_loop.errors import UserError
 from align_loop.evaluators.drift import implausible_share
 from align_loop.evaluators.pairs import measure_pairs
 from align_loop.evaluators.policy import read_evaluation
-from align_loop.parts import code_of, node_of, plain
+from align_loop.evaluators.reward import read_reward_evaluation
+from align_loop.parts import code_of, node_of, plain, targets_of
 from align_loop.store import Artifact, Stage, Store, read_manifest
 from align_loop.templates import template_text
 
@@ -39,6 +40,18 @@ class Policy:
     row: dict[str, Any] | None = None  # its line of metrics
 
 
+@dataclass
+class RewardModel:
+    """A reward model of the run, and how it did on held-out labels."""
+
+    name: str
+    model: Artifact
+    evaluation: Artifact
+    round: dict[str, Artifact]
+    stages: list[Artifact]
+    row: dict[str, Any] | None = None
+
+
 class StopHere(Exception):
     """The stage of ``loop.until`` is done."""
 
@@ -50,13 +63,21 @@ class Run:
     runs nothing (``store.dry_run``) the walk only plans.
     """
 
-    def __init__(self, config: Config, store: Store, engine: str, on_policy_done: Callable[[Run], None] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        engine: str,
+        on_policy_done: Callable[[Run], None] | None = None,
+        on_reward_model_done: Callable[[RewardModel], None] | None = None,
+    ):
         self.config, self.store, self.engine = config, store, engine
-        self.on_policy_done = on_policy_done
+        self.on_policy_done, self.on_reward_model_done = on_policy_done, on_reward_model_done
         self.policies: list[Policy] = []
+        self.reward_models: list[RewardModel] = []
         self.initial: Policy | None = None
         self.data: Artifact | None = None
-        self.iterations = sum(step.data == "on_policy" for step in steps(config))
+        self.iterations = config.loop.iterations
         self.drift: str | None = None
         self._made: list[Artifact] = []
 
@@ -75,8 +96,11 @@ class Run:
             self.initial = policy
             self._evaluate(policy)
         for step in steps(self.config):
+            if step.role == "reward_model":
+                self._train_reward_model(step, policy)
+                continue
             policy = self._train(step, policy)
-            if step.data == "demonstrations":
+            if "demonstrations" in step.data:
                 self.initial = policy
             self._evaluate(policy)
             if self.drift and self.config.loop.stop_on_drift:
@@ -95,27 +119,58 @@ class Run:
 
     # --- one step: train a policy -----------------------------------------------------------------------------
 
-    def _train(self, step: Step, start: Policy) -> Policy:
-        """The policy that ``step`` makes from ``start``."""
-        if step.data == "demonstrations":
-            return self._train_sft(step, start)
-        iteration = 1 + sum(p.iteration > 0 for p in self.policies) if step.data == "on_policy" else 0
-        tables = self._own_pairs(step, start, iteration) if iteration else {"pairs": self._human_pairs(step, start)}
+    def _train(self, step: Step, policy: Policy) -> Policy:
+        """The policy that ``step`` makes: from ``policy``, or from the initial one."""
+        if "demonstrations" in step.data:
+            return self._train_sft(step, policy)
+        tables = self._tables(step, policy)
+        start = self.initial if self.config.updater.start == "initial" else policy
         noise = node_of(self.config.noise) if step.noise and self.config.noise.action != "none" else None
         reference = self.initial.model if self.config.updater.reference == "initial" else start.model
-        inputs = {"policy": start.model, "reference": reference, "pairs": tables["pairs"]}
+        inputs = {"policy": start.model, "reference": reference, **_pairs_of(tables)}
         if self.config.lora:
             inputs["base"] = self.initial.model
             if start.adapter is not None:
                 inputs["adapter"] = start.adapter
-        settings = {"objective": node_of(self.config.objective), "noise": noise, "iteration": iteration}
-        parts = [node["_target_"] for node in (settings["objective"], noise) if node]
-        config = self._training(step) | settings
+        objective = node_of(step.objective or self.config.objective)
+        config = self._training(step) | {"objective": objective, "noise": noise, "iteration": step.iteration}
+        parts = targets_of([objective, noise])
         trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:pairs", config, inputs, parts=parts)
         adapter = self.store.part(trained, "adapter") if self.config.lora else None
-        return self._policy(
-            step.name, iteration, self.store.part(trained, "model"), adapter, {**tables, "train": trained}
-        )
+        model = self.store.part(trained, "model")
+        return Policy(step.name, step.iteration, model, adapter, round={**tables, "train": trained})
+
+    def _train_reward_model(self, step: Step, policy: Policy) -> None:
+        """Train a reward model and measure it on the held-out labels."""
+        tables = self._tables(step, policy)
+        settings = self.config.reward_model
+        previous = self.reward_models[-1].model if self.reward_models and settings.start == "previous" else None
+        inputs = {"model": previous or self.initial.model, **_pairs_of(tables)}
+        config = self._training(step) | {"reward_model": node_of(settings)}
+        run, parts = "align_loop.trainers.reward_stage:reward", [node_of(settings)["_target_"]]
+        trained = self._stage(f"{step.name}/train", run, config, inputs, parts=parts)
+        inputs = {"reward_model": trained, "heldout": self._table("heldout")}
+        config = {"dtype": self.config.setting.dtype}
+        name = f"{step.name}/evaluate"
+        evaluation = self._stage(name, "align_loop.evaluators.reward:evaluate_reward", config, inputs, last=True)
+        made = RewardModel(step.name, trained, evaluation, {**tables, "train": trained}, self._made)
+        self._made = []
+        self.reward_models.append(made)
+        if not self.store.dry_run:
+            made.row = self._reward_row(made)
+            if self.on_reward_model_done is not None:
+                self.on_reward_model_done(made)
+        if self.config.loop.until == name:
+            raise StopHere
+
+    def _tables(self, step: Step, policy: Policy) -> dict[str, Artifact]:
+        """The tables of pairs that ``step`` trains on (``pairs``, ``pairs-seed``, ...), and what they were made of."""
+        tables = self._own_pairs(step, policy) if "on_policy" in step.data else {}
+        for data in step.data:
+            if data in LABELLED:
+                inputs = {"preferences": self._table(TABLES[data]), "tokenizer": policy.model}
+                tables[pairs_name(step, data)] = self._pairs_stage(step, policy, pairs_name(step, data), {}, inputs)
+        return tables
 
     def _train_sft(self, step: Step, start: Policy) -> Policy:
         config = self._training(step) | {"max_length": self.config.setting.max_length}
@@ -123,19 +178,16 @@ class Run:
             config["lora"] = None  # an adapter on random weights would learn nothing
         inputs = {"model": start.model, "demonstrations": self._table("demonstrations")}
         trained = self._stage(f"{step.name}/train", "align_loop.trainers.stage:sft", config, inputs)
-        return self._policy(step.name, 0, self.store.part(trained, "model"), None, {"train": trained})
+        return Policy(step.name, 0, self.store.part(trained, "model"), round={"train": trained})
 
-    def _human_pairs(self, step: Step, start: Policy) -> Artifact:
-        """Training pairs from people's labels."""
-        table = {"seed": "seed", "all_labels": "all_labels"}[step.data]
-        inputs = {"preferences": self._table(table), "tokenizer": start.model}
-        return self._pairs_stage(step, start, "labelled", {}, inputs)
+    def _own_pairs(self, step: Step, policy: Policy) -> dict[str, Artifact]:
+        """Training pairs that the policy makes itself: sampled, judged and paired on this iteration's prompts.
 
-    def _own_pairs(self, step: Step, policy: Policy, iteration: int) -> dict[str, Artifact]:
-        """Training pairs that the policy makes itself: sampled, judged and paired on this iteration's prompts."""
-        prompts = self._table(f"prompts-{iteration}")
-        answers = self._sample(f"{step.name}/sample", policy.model, prompts, iteration, {})
-        annotator = self.config.annotator
+        Steps of one iteration that sample from the same policy share its answers: the store has them by content.
+        """
+        prompts = self._table(f"prompts-{step.iteration}")
+        answers = self._sample(f"{step.name}/sample", policy.model, prompts, step.iteration, {})
+        annotator = self.config.annotator_of(step)
         models = {name: self._role(role, policy) for name, role in roles_of(annotator).items()}
         files = {name: self.store.source(path) for name, path in files_of(annotator).items()}
         config = {"annotator": node_of(annotator), "dtype": self.config.setting.dtype, "seed": self.config.seed}
@@ -153,32 +205,33 @@ class Run:
                 **files,
                 **(gold if getattr(annotator, "needs_gold", False) else {}),
             },
-            parts=code_of(annotator),
+            parts=[*targets_of(config["annotator"]), *code_of(annotator)],
         )
         inputs = {"prompts": prompts, "answers": answers, "scores": scores, "tokenizer": policy.model, **gold}
-        builder = node_of(self.config.builder)
-        pairs = self._pairs_stage(step, policy, "on_policy", {"builder": builder}, inputs, [builder["_target_"]])
+        builder = node_of(step.builder or self.config.builder)
+        pairs = self._pairs_stage(step, policy, "pairs", {"builder": builder}, inputs)
         return {"sample": answers, "annotate": scores, "pairs": pairs, **gold}
 
     def _pairs_stage(
-        self,
-        step: Step,
-        policy: Policy,
-        kind: str,
-        config: dict[str, Any],
-        inputs: dict[str, Artifact],
-        parts: list[str] | None = None,
+        self, step: Step, policy: Policy, name: str, config: dict[str, Any], inputs: dict[str, Artifact]
     ) -> Artifact:
-        shapers = {name: node_of(shaper) for name, shaper in self.config.shapers.items()}
+        """Pairs from scored answers (with a builder in ``config``) or from people's labels, through the shapers."""
+        shapers = self.config.shapers_of(step)
+        if "builder" not in config:  # people's labels have no scores: what works on scores must not make them stale
+            shapers = {name: shaper for name, shaper in shapers.items() if not getattr(shaper, "needs_scores", False)}
         models = {
-            f"{name}.{key}": self._role(role, policy)
-            for name, shaper in self.config.shapers.items()
-            for key, role in roles_of(shaper).items()
+            f"{shaper}.{key}": self._role(role, policy)
+            for shaper, part in shapers.items()
+            for key, role in roles_of(part).items()
         }
-        used = [*(parts or []), *(node["_target_"] for node in shapers.values())]
-        config = {**config, "shapers": shapers, "dtype": self.config.setting.dtype, "seed": self.config.seed}
-        run = f"align_loop.builders.stage:{kind}"
-        return self._stage(f"{step.name}/pairs", run, config, {**inputs, **models}, parts=used)
+        config = {
+            **config,
+            "shapers": {key: node_of(shaper) for key, shaper in shapers.items()},
+            "dtype": self.config.setting.dtype,
+            "seed": self.config.seed,
+        }
+        run = f"align_loop.builders.stage:{'on_policy' if 'builder' in config else 'labelled'}"
+        return self._stage(f"{step.name}/{name}", run, config, {**inputs, **models}, parts=targets_of(config))
 
     # --- evaluation -------------------------------------------------------------------------------------------
 
@@ -222,10 +275,20 @@ class Run:
         if policy.round.get("sample"):
             measured |= measure_pairs(policy.round["pairs"].path, policy.round["train"].path)
             self.drift = self.drift or self.config.guard.check(self._baseline(measured), measured)
+        if self.reward_models:
+            measured |= {key: value for key, value in self.reward_models[-1].row.items() if key in METRICS}
         manifests = [read_manifest(stage.path) for stage in policy.stages]
         row = {"policy": policy.name, "iteration": policy.iteration}
         row |= {key: measured.get(key) for key in METRICS}
         row |= {"tokens": sum(m["tokens"] for m in manifests), "drift": self.drift, "good": self.drift is None}
+        return row | {"seconds": round(sum(m["seconds"] for m in manifests), 3)}
+
+    def _reward_row(self, made: RewardModel) -> dict[str, Any]:
+        """The reward model's line of ``reward_models.jsonl``."""
+        measured = read_reward_evaluation(made.evaluation.path)
+        row = {"reward_model": made.name} | {f"reward_model_{key}": measured.get(key) for key in REWARD_METRICS}
+        manifests = [read_manifest(stage.path) for stage in made.stages]
+        row |= {"pairs": sum(read_manifest(t.path)["rows"]["pairs"]["out"] for t in _pairs_of(made.round).values())}
         return row | {"seconds": round(sum(m["seconds"] for m in manifests), 3)}
 
     def _baseline(self, measured: dict[str, Any]) -> dict[str, Any]:
@@ -298,13 +361,15 @@ class Run:
         """The checkpoint that a role's name is bound to; any other name is a model folder."""
         if role == "policy":
             return policy.model
+        if role == "reward_model":
+            return self.reward_models[-1].model
         if role == "initial":
             return self.initial.model
         if role == "previous":
             index = next(i for i, p in enumerate(self.policies) if p is policy)
             return self.policies[max(index - 1, 0)].model
         if not Path(role).is_dir():
-            raise UserError(f"annotator.reference={role}: neither a role (initial, previous) nor a model folder")
+            raise UserError(f"annotator.reference={role}: neither a role nor a model folder")
         return self.store.source(role)
 
     def _training(self, step: Step) -> dict[str, Any]:
@@ -315,11 +380,12 @@ class Run:
             "seed": self.config.seed,
         }
 
-    def _policy(
-        self, name: str, iteration: int, model: Artifact, adapter: Artifact | None, tables: dict[str, Artifact]
-    ) -> Policy:
-        return Policy(name, iteration, model, adapter, round=tables)
 
+def _pairs_of(tables: dict[str, Artifact]) -> dict[str, Artifact]:
+    return {name: table for name, table in tables.items() if name.startswith("pairs")}
+
+
+TABLES = {"seed": "seed", "all_labels": "all_labels"}  # which of the setting's tables a step's data is
 
 METRICS = (
     "gold_reward",
@@ -342,4 +408,8 @@ METRICS = (
     "kl_from_initial",
     "logp_chosen",
     "logp_rejected",
+    "reward_model_accuracy",
+    "reward_model_accuracy_ci95",
+    "reward_model_ece",
 )
+REWARD_METRICS = ("accuracy", "accuracy_ci95", "ece")

@@ -84,39 +84,38 @@ def node_of(obj: Any) -> dict[str, Any]:
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **plain(obj)}
 
 
+def targets_of(node: Any) -> list[str]:
+    """Every ``_target_`` in a configuration node and in what it contains, in order: the code that acts on it."""
+    if isinstance(node, Mapping):
+        own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
+        return [*own, *(target for value in node.values() for target in targets_of(value))]
+    return [target for value in node for target in targets_of(value)] if isinstance(node, (list, tuple)) else []
+
+
 def plain(obj: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values (integer keys become text); parts in its fields keep their ``_target_``."""
-    return {f.name: _plain(getattr(obj, f.name), f.metadata.get("part")) for f in dataclasses.fields(obj)}
+    return {f.name: _plain_value(getattr(obj, f.name), f.metadata.get("part")) for f in dataclasses.fields(obj)}
 
 
 def code_of(obj: Any) -> list[str]:
-    """Dotted names of the code behind a part: its class, the parts in its fields, and what its ``code()`` names.
+    """Further code that a part names by a method ``code()``, and the parts in its fields: a user's functions.
 
-    ``code()`` is for a part that calls a user's function: it returns names like ``package.module:function``.
+    As ``package.module:function``.
     """
-    cls = type(obj)
-    found = [f"{cls.__module__}.{cls.__qualname__}", *(obj.code() if hasattr(obj, "code") else [])]
-    for inner in parts_in(obj).values():
-        found += code_of(inner)
-    return found
-
-
-def parts_in(obj: Any) -> dict[str, Any]:
-    """The parts in a part's fields: name -> part, with a dot between field and key where the field is a dict."""
-    found = {}
+    found = list(obj.code()) if hasattr(obj, "code") else []
     for f in dataclasses.fields(obj):
-        value = getattr(obj, f.name)
-        if f.metadata.get("part") and value is not None:
-            found |= {f"{f.name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {f.name: value}
+        value = getattr(obj, f.name) if f.metadata.get("part") else None
+        for inner in value.values() if isinstance(value, Mapping) else [value]:
+            found += code_of(inner) if inner is not None else []
     return found
 
 
-def _plain(value: Any, is_part: bool | None = None) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+def _plain_value(value: Any, is_part: bool | None = False) -> Any:
+    if dataclasses.is_dataclass(value):
         return node_of(value) if is_part else plain(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, is_part) for k, v in value.items()}
-    return [_plain(v, is_part) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(k): _plain_value(v, is_part) for k, v in value.items()}
+    return [_plain_value(v, is_part) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
@@ -133,9 +132,15 @@ def _value(hint: Any, value: Any, path: str, is_part: bool | None) -> Any:
             if not isinstance(value, Mapping):
                 raise UserError(f"{path}={_shown(value)} must be a dict of parts")
             return {k: part(v, _join(path, k)) for k, v in value.items() if v is not None}
+        if origin is list:
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{path}={_shown(value)} must be a list of parts")
+            return [part(v, f"{path}[{i}]") for i, v in enumerate(value)]
         return part(value, path)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
+    if origin is list and typing.get_origin(arguments[0]) is typing.Literal and isinstance(value, (list, tuple)):
+        return [_leaf(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
     if origin in (dict, list) and dataclasses.is_dataclass(arguments[-1]):
         return _collection(origin, arguments, value, path)
     return _leaf(hint, value, path)

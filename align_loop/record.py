@@ -50,8 +50,8 @@ PREFERENCES = pa.schema(
 )
 
 # Sampled answers. ``logprobs``: raw log-probabilities (nats, temperature 1) of ``token_ids`` as the sampling
-# engine reports them. ``finish_reason``: "stop" (the last id is an end-of-sequence token) or "length".
-# ``variant``: the name of the context that it was sampled under (null: the plain prompt).
+# engine reports them. ``finish_reason``: "stop" (the last id is an end-of-sequence token) or "length". ``variant``: the
+# name of the generation context that the answer was sampled under; null for the plain prompt.
 ANSWERS = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -75,10 +75,10 @@ SCORES = pa.schema(
         ("sample_id", pa.string()),
         ("prompt_id", pa.string()),
         ("reward", pa.float64()),
+        ("reward_sd", pa.float64()),
         ("logp_policy", pa.float64()),
         ("logp_reference", pa.float64()),
         ("tokens", pa.int32()),
-        ("reward_sd", pa.float64()),
         ("cost", pa.float64()),
     ]
 )
@@ -96,9 +96,12 @@ PAIRWISE = pa.schema(
 # The true quality of answers, in [0, 1], where a setting knows it.
 GOLD = pa.schema([("sample_id", pa.string()), ("prompt_id", pa.string()), ("gold", pa.float64())])
 
-# Training pairs. ``q``: probability that the first answer is the better one; ``m``: margin in reward units;
-# ``w``: weight; ``beta``: null for the objective's. ``chosen_ids``/``rejected_ids`` end with an EOS id only
-# where one was generated (or a person wrote the answer). ``truncated`` says which side was cut at the limit.
+# Training examples, by ``kind``: pair; point (one answer, in the chosen columns, and its ``label``, +1 or -1); demo
+# (one answer to imitate); group (all answers of a prompt, in the group columns). ``q``: probability that the chosen
+# answer is the better one; ``m``: margin in reward units; ``w``: weight; ``beta``: null for the objective's;
+# ``beta_rejected``: null for ``beta``; ``chosen_weights``/``rejected_weights``: one an answer token, null for 1.
+# ``chosen_ids``/``rejected_ids`` end with an EOS id only where one was generated (or a person wrote the answer).
+# ``truncated`` says which side was cut at the limit.
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),
@@ -123,6 +126,13 @@ EXAMPLES = pa.schema(
         ("m", pa.float64()),
         ("w", pa.float64()),
         ("beta", pa.float64()),
+        ("label", pa.float64()),
+        ("beta_rejected", pa.float64()),
+        ("chosen_weights", pa.list_(pa.float32())),
+        ("rejected_weights", pa.list_(pa.float32())),
+        ("group_sample_ids", pa.list_(pa.string())),
+        ("group_ids", pa.list_(_IDS)),
+        ("group_scores", pa.list_(pa.float64())),
     ]
 )
 

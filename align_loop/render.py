@@ -93,3 +93,10 @@ class Renderer:
         ids = self.prompt_ids(_PROBE)
         if self.tokenizer.bos_token_id is not None and ids.count(self.tokenizer.bos_token_id) > 1:
             raise UserError(f"{self.folder}: the chat template writes the BOS token twice; mend setting.chat_template")
+
+
+def with_system(messages: list[Message], text: str) -> list[Message]:
+    """The conversation under the system prompt ``text``, which follows one that is there already."""
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]

@@ -2,7 +2,8 @@
 
 ``RUN_DIR`` holds: ``config.yaml`` (resolved), ``metrics.jsonl`` (a line a policy), ``summary.json`` and
 ``index.json`` (what the report and ``show`` read), ``report.html``, ``final/`` (the last good policy), and by
-default ``store/`` with every stage's output and manifest.
+default ``store/`` with every stage's output and manifest. Where reward models are trained also
+``reward_models.jsonl`` (a line each) and ``reward_model/`` (the last one).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from filelock import FileLock, Timeout
 from align_loop.config import Config, Hardware
 from align_loop.durable import write_json, write_text
 from align_loop.errors import UserError
+from align_loop.key import Artifact
 from align_loop.launch import inline, process
-from align_loop.loop import Policy, Run
+from align_loop.loop import RewardModel, Run
 from align_loop.parts import plain
 from align_loop.store import Event, Store, read_manifest
 from align_loop.tracking.wandb import Tracking, stage_sink
@@ -52,7 +54,7 @@ def run(config: Config, node: dict[str, Any]) -> Run:
             f"{config.experiment} · setting {config.setting.name} · seed {config.seed} · "
             f"{engine} on {hardware['device']} · {run_dir}"
         )
-        walk = Run(config, store, engine, on_policy_done=lambda walk: _publish(walk, node, tracking))
+        walk = Run(config, store, engine, lambda walk: _publish(walk, node, tracking), _print_reward_model)
         walk.walk()
         _replay(walk, store, tracking)
         tracking.finish()
@@ -161,6 +163,17 @@ def _publish(walk: Run, node: dict[str, Any], tracking: Tracking) -> None:
     )
 
 
+def _print_reward_model(made: RewardModel) -> None:
+    low, high = made.row["reward_model_accuracy_ci95"] or (0, 1)
+    print(
+        f"  = {made.name}: accuracy on held-out labels {made.row['reward_model_accuracy']:.3f} "
+        f"[{low:.2f}, {high:.2f}], calibration error {made.row['reward_model_ece']:.3f}"
+        if made.row["reward_model_accuracy"] is not None
+        else f"  = {made.name}: there are no held-out labels to measure it by",
+        flush=True,
+    )
+
+
 SHOWN = (
     ("gold reward", "gold_reward"),
     ("judge accuracy", "judge_accuracy"),
@@ -178,7 +191,8 @@ def _replay(walk: Run, store: Store, tracking: Tracking) -> None:
 
 
 def _stages(walk: Run) -> list[tuple[str, Any]]:
-    return [(stage.name, stage) for policy in walk.policies for stage in policy.stages]
+    made = [*walk.policies[:1], *walk.reward_models, *walk.policies[1:]]
+    return [(stage.name, stage) for one in made for stage in one.stages]
 
 
 def _write_config(run_dir: Path, node: dict[str, Any]) -> None:
@@ -195,7 +209,12 @@ def _finish(walk: Run, node: dict[str, Any], store: Store) -> None:
     if not walk.policies:
         return
     final = walk.final or walk.policies[0]
-    digest = _write_final(final, run_dir)
+    digest = _write_final(run_dir / "final", final.name, final.model, final.adapter)
+    if walk.reward_models:
+        last = walk.reward_models[-1]
+        _write_final(run_dir / "reward_model", last.name, last.model)
+        lines = [json.dumps(made.row, sort_keys=True) + "\n" for made in walk.reward_models]
+        write_text(run_dir / "reward_models.jsonl", "".join(lines))
     ran = {e.stage for e in store.events if e.kind == "ran"}
     stages = []
     for name, stage in _stages(walk):
@@ -214,6 +233,7 @@ def _finish(walk: Run, node: dict[str, Any], store: Store) -> None:
         "final_policy": final.name,
         "final_digest": digest,
         "drift": walk.drift,
+        "reward_models": [made.row for made in walk.reward_models],
     }
     write_json(run_dir / "summary.json", summary)
     write_json(run_dir / "index.json", _index(walk))
@@ -255,23 +275,23 @@ def _index(walk: Run) -> dict[str, Any]:
     return {"policies": policies, "iterations": rounds, "unfinished": unfinished, "prompts": prompts}
 
 
-def _write_final(policy: Policy, run_dir: Path) -> str:
-    """``final/``: a copy of the policy's folder (and adapter), replaced only when it differs; returns its digest."""
-    final, marker = run_dir / "final", run_dir / ".final.json"
-    digest = f"{policy.model.digest} {policy.adapter.digest if policy.adapter else ''}".strip()
+def _write_final(final: Path, name: str, model: Artifact, adapter: Artifact | None = None) -> str:
+    """``final``: a copy of a model's folder (and adapter), replaced only when it differs; returns its digest."""
+    run_dir, marker = final.parent, final.with_name(f".{final.name}.json")
+    digest = f"{model.digest} {adapter.digest if adapter else ''}".strip()
     if final.is_dir() and marker.is_file() and json.loads(marker.read_text())["digest"] == digest:
         return digest
-    beside, old = run_dir / f".final-{os.getpid()}", run_dir / f".final-old-{os.getpid()}"
+    beside, old = (run_dir / f".{final.name}-{which}{os.getpid()}" for which in ("", "old-"))
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(policy.model.path, beside)
-    if policy.adapter is not None:
-        shutil.copytree(policy.adapter.path, beside / "adapter")
+    shutil.copytree(model.path, beside, ignore=shutil.ignore_patterns("manifest.json", "train_log.jsonl"))
+    if adapter is not None:
+        shutil.copytree(adapter.path, beside / "adapter")
     marker.unlink(missing_ok=True)
     if final.exists():
         final.rename(old)
     beside.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    write_json(marker, {"digest": digest, "policy": policy.name})
+    write_json(marker, {"digest": digest, "policy": name})
     return digest
 
 
@@ -291,7 +311,7 @@ def _print_event(event: Event) -> None:
 
 
 def _print_end(walk: Run, store: Store, seconds: float) -> None:
-    from align_loop.report.table import closing_table, verdict
+    from align_loop.report.table import closing_table, judges, verdict
 
     ran = sum(e.kind == "ran" for e in store.events)
     cached = sum(e.kind == "cached" for e in store.events)
@@ -300,6 +320,8 @@ def _print_end(walk: Run, store: Store, seconds: float) -> None:
         rows = [p.row for p in walk.policies]
         print("\n" + closing_table(rows))
         print("\n" + verdict(rows, json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))))
+        if said := judges(rows):
+            print(said)
     done = (
         "nothing to run: every stage was made before" if not ran else f"{ran} stages run, {cached} taken from the store"
     )
@@ -307,4 +329,5 @@ def _print_end(walk: Run, store: Store, seconds: float) -> None:
     if walk.config.loop.until is not None:
         print(f"stopped after {walk.config.loop.until} (loop.until); leave it out to go on")
     if walk.policies:
-        print(f"report: {run_dir / 'report.html'}   model: {run_dir / 'final'}")
+        also = f"   reward model: {run_dir / 'reward_model'}" if walk.reward_models else ""
+        print(f"report: {run_dir / 'report.html'}   model: {run_dir / 'final'}{also}")

@@ -31,6 +31,7 @@ READS = {  # the inputs of the stage, beside answers and prompts
     "gold": {"gold"},
     "implicit_reward": {"policy", "reference"},
     "judge_logit": {"judge"},
+    "reward_model": {"reward_model"},
     "people": {"labels", "base.policy", "base.reference"},
     "verifier": set(),
     "yes_prob": {"judge"},
@@ -50,7 +51,9 @@ def test_every_annotator_lists_its_fields_and_asks_for_what_it_reads(name, check
     node = OmegaConf.load(conf_dir() / "annotator" / f"{name}.yaml")
     cls = find(node["_target_"], name)
     assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(cls)}
-    config = load([SELFIE, f"annotator={name}", *REQUIRED.get(name, [])])[0]
+    (tmp_path / "model").mkdir()  # the reward model of another run
+    more = {"reward_model": [f"annotator.role={tmp_path / 'model'}"]} | REQUIRED
+    config = load([SELFIE, f"annotator={name}", *more.get(name, [])])[0]
     assert type(config.annotator) is cls
     stage = {s.name: s for s in planned(config, tmp_path)}["iteration-2/annotate"]
     assert set(stage.inputs) == {"answers", "prompts"} | READS[name]

@@ -19,6 +19,7 @@ NOT_KEYED = {
     "loop.stop_on_drift": "loop: whether a drift ends the walk",
 }
 NOT_KEYED_GROUPS = {
+    "reward_model": "steps with role: reward_model, of another recipe",
     "hardware": "runner.resolve_hardware, for the launcher",
     "tracking": "tracking.wandb.Tracking",
     "guard": "loop: judges what the evaluations measured",
@@ -34,6 +35,7 @@ OTHER = {
     "updater.reference": "initial",
     "sampler.engine": None,  # decided by runner.resolve_engine and handed to the loop
     "sampler.top_p": 0.8,
+    "sampler.variants": {"styled": "be brief"},
     "sampler.truncated": "drop",
     "noise.action": "drop",
     "noise.rule": "paper_code",
@@ -47,26 +49,38 @@ OTHER = {
     "setting.training.full.learning_rate": None,  # of another recipe
     "setting.training.full.epochs": None,
     "setting.training.full.batch_size": None,
-    "schedule.before": [{"name": "seed", "data": "seed", "training": "seed"}],
-    "schedule.iteration.name": "round",
-    "schedule.iteration.data": "all_labels",
-    "schedule.iteration.training": "seed",
-    "schedule.iteration.noise": False,
+    "updater.start": "initial",
+    "schedule.before": [{"name": "seed", "data": ["seed"], "training": "seed"}],
+    "schedule.iteration": [{"name": "round", "data": ["on_policy"], "training": "iteration", "noise": True}],
+    "setting.training.reward.learning_rate": None,  # of another recipe
+    "setting.training.reward.epochs": None,
+    "setting.training.reward.batch_size": None,
+}
+
+
+# The same for a recipe with a reward model.
+REWARD_MODEL = {
+    "reward_model.head": None,  # goes with dim
+    "reward_model.dim": None,
+    "reward_model.member_data": None,  # goes with members
+    "reward_model.start": "previous",
+    "annotator.role": None,
+    "setting.training.reward.batch_size": 16,
 }
 
 
 def leaves(node, path=""):
     for key, value in node.items():
         name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, name)
         else:
             yield name, value
 
 
-def another(name, value):
-    if name in OTHER:
-        return OTHER[name]
+def another(name, value, others):
+    if name in others:
+        return others[name]
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
@@ -78,16 +92,28 @@ def another(name, value):
 def test_every_knob_turns_something(tmp_path):
     node = compose_node([SELFIE])
     del node["lora"]
+    assert dead_knobs(node, [*leaves(node), ("lora", None)], tmp_path) == []
+
+
+def test_every_knob_of_the_reward_model_turns_something(tmp_path):
+    node = compose_node(["+experiment=selfie_rm"])
+    mine = [
+        (k, v) for k, v in leaves(node) if k.startswith(("reward_model.", "setting.training.reward.", "annotator."))
+    ]
+    assert len(mine) > 10 and dead_knobs(node, mine, tmp_path, REWARD_MODEL) == []
+
+
+def dead_knobs(node, knobs, tmp_path, others=OTHER):
     before = keyed(from_node(node), tmp_path)
     dead = []
-    for name, value in [*leaves(node), ("lora", None)]:
+    for name, value in knobs:
         group = name.partition(".")[0]
-        if name in NOT_KEYED or group in NOT_KEYED_GROUPS or name.endswith("_target_"):
+        if name in NOT_KEYED or (others is OTHER and group in NOT_KEYED_GROUPS) or name.endswith("_target_"):
             continue
-        other = another(name, value)
+        other = another(name, value, others)
         if other is not None and keyed(from_node(changed(node, name, other)), tmp_path) == before:
             dead.append(name)
-    assert dead == []
+    return dead
 
 
 def test_what_is_not_keyed_changes_no_key(tmp_path):

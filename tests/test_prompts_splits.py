@@ -124,3 +124,26 @@ def test_too_few_prompts_names_both_numbers():
         splits.split_prompts(rows, evaluation=100, iterations=2, sizes=[600, 600], seed=0, labelled=labelled)
     with pytest.raises(UserError, match="at least one for each of 3 iterations asked for, but 2 are there"):
         splits.split_prompts(rows[:2], evaluation=0, iterations=3, sizes=None, seed=0, labelled=set())
+
+
+# --- noise of known frequency -----------------------------------------------------------------------------------
+
+
+def labels(count):
+    sides = {"chosen": "a", "rejected": "b", "gold_chosen": 1.0, "gold_rejected": None}
+    return [{"example_id": f"e{i}", **sides} for i in range(count)]
+
+
+def test_flips_exchange_the_sides_at_their_rate_and_grow_with_it():
+    rows = labels(2000)
+    flipped = {
+        rate: {r["example_id"] for r in splits.flip_labels(rows, rate, 1) if r["chosen"] == "b"}
+        for rate in (0, 0.2, 0.4, 1)
+    }
+    assert not flipped[0] and len(flipped[1]) == 2000 and flipped[0.2] < flipped[0.4]
+    assert 340 < len(flipped[0.2]) < 460
+    (one,) = splits.flip_labels(rows[:1], 1.0, 1)
+    assert one == rows[0] | {"chosen": "b", "rejected": "a", "gold_chosen": None, "gold_rejected": 1.0}
+    assert {r["example_id"] for r in splits.flip_labels(rows[::-1], 0.2, 1) if r["chosen"] == "b"} == flipped[0.2]
+    assert {r["example_id"] for r in splits.flip_labels(rows, 0.2, 2) if r["chosen"] == "b"} != flipped[0.2]
+    assert rows == labels(2000)

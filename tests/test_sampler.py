@@ -138,3 +138,27 @@ def test_greedy_is_for_one_answer():
 
 def test_the_table_has_the_records_columns():
     assert Run(**RUN).iteration == 2 and "request_seed" in ANSWERS.names
+
+
+def test_each_variant_has_answers_of_its_own_under_its_system_prompt(model, tmp_path):
+    plain, _ = answers(model, prompts(), tmp_path, n=2)
+    rows, report = answers(model, prompts(), tmp_path, n=2, variants={"short": "w50", "long": "w51 w52"})
+    assert [r["variant"] for r in rows[:6]] == [None, None, "short", "short", "long", "long"]
+    assert [r["k"] for r in rows[:6]] == [0, 1, 2, 3, 4, 5] and len({r["request_seed"] for r in rows}) == len(rows)
+    ids = [(r["sample_id"], r["token_ids"]) for r in rows if r["variant"] is None]
+    assert ids == [(r["sample_id"], r["token_ids"]) for r in plain]  # what is sampled beside them changes nothing
+    assert all(r["variant"] is None for r in plain) and report["rows"]["answers"]["out"] == 36
+    system = rows[2]["prompt_token_ids"]
+    assert system[:3] == [1, 6, 50] and system[3:] == rows[0]["prompt_token_ids"][1:]
+
+
+def test_a_variant_follows_the_system_prompt_that_is_there(model, tmp_path):
+    messages = [{"role": "system", "content": "w20"}, {"role": "user", "content": "w30"}]
+    rows, _ = answers(model, [{"prompt_id": "p", "messages": messages}], tmp_path, n=1, variants={"a": "w50"})
+    assert rows[1]["prompt_token_ids"][:4] == [1, 6, 20, 50]
+
+
+def test_a_prompt_that_a_variant_makes_too_long_is_counted(model, tmp_path):
+    long = " ".join(["w50"] * 12)
+    rows, report = answers(model, prompts(), tmp_path, n=1, variants={"long": long})
+    assert rows == [] and report["rows"]["prompts"]["dropped"] == {TOO_LONG: 6}

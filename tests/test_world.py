@@ -75,6 +75,7 @@ def test_every_word_is_in_the_vocabulary_and_survives_the_tokenizer():
             assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids, skip_special_tokens=True) == text
     assert used <= set(vocabulary)
     assert {w for choices in world.CHOICES.values() for w in choices} <= used
+    assert set(world.OTHER_WORDS) <= set(vocabulary) - used
 
 
 def test_a_prompt_names_each_of_its_demands():
@@ -109,6 +110,7 @@ CONFIG = {
     "labelled": 50,
     "honour": 0.6,
     "sharpness": 1.4,
+    "flip_rate": 0.0,
     "eval_prompts": 30,
     "heldout_share": 0.2,
     "iterations": 3,
@@ -239,3 +241,12 @@ def test_prompts_are_never_drawn_twice(seed):
     assert len(set(drawn)) == 50 and set(drawn) == seen
     again = embedded._prompt(random.Random(seed), seen)["prompt_id"]  # the same draws as the first prompt's
     assert again not in drawn
+
+
+def test_a_flip_rate_turns_training_labels_round_and_no_others(tmp_path):
+    clean, noisy = prepare(tmp_path / "a")[0], prepare(tmp_path / "b", flip_rate=0.3)[0]
+    for name in ("heldout", "eval_prompts", "demonstrations"):
+        assert clean[name] == noisy[name]
+    turned = [c["chosen"] == n["rejected"] for c, n in zip(clean["all_labels"], noisy["all_labels"], strict=True)]
+    assert 0.22 < sum(turned) / len(turned) < 0.38
+    assert noisy["seed"] == noisy["all_labels"][: len(noisy["seed"])] != clean["seed"]

@@ -1,4 +1,4 @@
-"""The stages that make training pairs: from scored answers, or from people's labels, then through the shapers."""
+"""The stages that make training examples: from scored answers, or from people's labels, then through the shapers."""
 
 from __future__ import annotations
 
@@ -38,25 +38,38 @@ def on_policy(config: dict[str, Any], inputs: dict[str, Path], context: StageCon
         for row in examples:
             for side in ("chosen", "rejected"):
                 row[f"gold_{side}"] = gold.get(row.get(f"{side}_sample_id"))
-    _shape_and_write(examples, {group.prompt["prompt_id"]: group for group in groups}, config, inputs, context)
+    renderer = Renderer(inputs["tokenizer"])
+    _train_on_the_plain_prompt(examples, groups, renderer)
+    _shape_and_write(
+        examples, {group.prompt["prompt_id"]: group for group in groups}, renderer, config, inputs, context
+    )
 
 
 def labelled(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
     """``config`` {shapers, dtype, seed}; inputs ``preferences`` (a table), ``tokenizer`` (a model), and the shapers'
     models; writes as ``on_policy`` does."""
-    examples = from_preferences(read_rows(inputs["preferences"]), Renderer(inputs["tokenizer"]))
-    _shape_and_write(examples, {}, config, inputs, context)
+    renderer = Renderer(inputs["tokenizer"])
+    examples = from_preferences(read_rows(inputs["preferences"]), renderer)
+    _shape_and_write(examples, {}, renderer, config, inputs, context)
+
+
+def _train_on_the_plain_prompt(examples: list[Row], groups: list[Group], renderer: Renderer) -> None:
+    """Where answers were sampled under other contexts (``variant``), the examples' ids are the plain prompt's."""
+    varied = {g.prompt["prompt_id"] for g in groups if any(a.get("variant") is not None for a in g.answers)}
+    for row in examples:
+        if row["prompt_id"] in varied:
+            row["prompt_ids"] = renderer.prompt_ids(row["messages"])
 
 
 def _shape_and_write(
     examples: list[Row],
     groups: dict[str, Group],
+    renderer: Renderer,
     config: dict[str, Any],
     inputs: dict[str, Path],
     context: StageContext,
 ) -> None:
     """Apply the shapers in their order, account for every example, and write both tables."""
-    renderer = Renderer(inputs["tokenizer"])
     kept, gone, added = examples, [], 0
     for name, node in config["shapers"].items():
         models = {key.partition(".")[2]: path for key, path in inputs.items() if key.startswith(f"{name}.")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
+from statistics import correlation as pearson
 
 Z95 = NormalDist().inv_cdf(0.975)
 Z95_ONE_SIDED = NormalDist().inv_cdf(0.95)
@@ -53,3 +54,26 @@ def precision_recall(marked: set[str], wrong: set[str]) -> tuple[float | None, f
     """(share of the marked that are wrong, share of the wrong that are marked); None where undefined."""
     hit = len(marked & wrong)
     return (hit / len(marked) if marked else None), (hit / len(wrong) if wrong else None)
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Pearson's correlation; None for fewer than two values and where one side doesn't vary."""
+    if len(xs) < 2 or len(set(xs)) < 2 or len(set(ys)) < 2:
+        return None
+    return pearson(xs, ys)
+
+
+def calibration_error(margins: Sequence[float], bins: int = 10) -> float | None:
+    """Expected calibration error of log-odds ``margins``, whose true sign is plus; None without any.
+
+    The confidence sigmoid(|margin|) lies in [0.5, 1], which ``bins`` parts of equal width divide (Guo et al. 2017); a
+    value on a border belongs to the upper part. The error is the mean over pairs of |share with margin > 0 - mean
+    confidence| of their part. Parts with few pairs make it too large: compare models on the same pairs only.
+    """
+    parts: dict[int, list[tuple[float, bool]]] = {}
+    for margin in margins:
+        confidence = 1.0 / (1.0 + math.exp(-abs(margin)))
+        place = min(int((confidence - 0.5) * 2 * bins), bins - 1)
+        parts.setdefault(place, []).append((confidence, margin > 0))
+    gaps = [abs(sum(right for _, right in part) - sum(c for c, _ in part)) for part in parts.values()]
+    return sum(gaps) / len(margins) if margins else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align_loop.prompts import world
-from align_loop.prompts.splits import in_order, prompt_sets
+from align_loop.prompts.splits import flip_labels, in_order, prompt_sets
 from align_loop.prompts.wordlevel import ModelSize, write_base_model
 from align_loop.record import DEMONSTRATIONS, PREFERENCES, PROMPTS, Row, prompt_id, short_digest, write_table
 from align_loop.stage import StageContext
@@ -32,8 +32,9 @@ def prepare(config: dict[str, Any], inputs: dict[str, Path], context: StageConte
     cut = round(len(labelled) * config["heldout_share"])
     write_table(context.out / "demonstrations.parquet", demonstrations, DEMONSTRATIONS)
     write_table(context.out / "heldout.parquet", labelled[:cut], PREFERENCES)
-    write_table(context.out / "seed.parquet", labelled[cut:], PREFERENCES)
-    write_table(context.out / "all_labels.parquet", labelled[cut:] + unlabelled, PREFERENCES)
+    training = flip_labels(labelled[cut:] + unlabelled, config["flip_rate"], config["seed"])
+    write_table(context.out / "seed.parquet", training[: len(labelled) - cut], PREFERENCES)
+    write_table(context.out / "all_labels.parquet", training, PREFERENCES)
     write_table(context.out / "eval_prompts.parquet", evaluation, PROMPTS)
     _write_prompt_sets(unlabelled, config, context)
     context.rows("preferences", into=len(pairs), out=len(pairs))

@@ -32,6 +32,7 @@ class Setting:
 
     ``training``: for each kind of step its optimiser settings. ``prompt_sets``: for a number of iterations, the sizes
     of their disjoint prompt sets (null: equal parts). ``max_length``: most tokens of prompt and answer together.
+    ``flip_rate``: share of the training labels (not of the held-out ones) to turn round, for studies of noise.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat_template: str | None = None
     prompt_sets: dict[int, list[int]] | None = None
+    flip_rate: float = 0.0
 
     has_gold: ClassVar[bool] = False  # whether answers have a true quality
     world: ClassVar[str | None] = None  # the module that knows it
@@ -54,6 +56,8 @@ class Setting:
             raise ValueError(f"setting.eval_prompts={self.eval_prompts} must be 0 or more")
         if not 0 <= self.heldout_share < 1:
             raise ValueError(f"setting.heldout_share={self.heldout_share} must be in [0, 1)")
+        if not 0 <= self.flip_rate <= 1:
+            raise ValueError(f"setting.flip_rate={self.flip_rate} must be in [0, 1]")
         if self.chat_template is not None:
             template_text(self.chat_template)
 
@@ -71,6 +75,7 @@ class Setting:
             "prompt_sets": sets,
             "eval_prompts": self.eval_prompts,
             "heldout_share": self.heldout_share,
+            "flip_rate": self.flip_rate,
         }
 
 

@@ -50,6 +50,25 @@ def take_share(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     return taken, rest
 
 
+def flip_labels(rows: Iterable[Row], rate: float, seed: int) -> list[Row]:
+    """``rows`` of preferences in which a share ``rate`` has chosen and rejected exchanged: noise of known frequency.
+
+    Which rows, is a function of (seed, example id) alone, and those of a smaller rate are among those of a larger one.
+    """
+    return [_flipped(row) if _uniform("flip", seed, row["example_id"]) < rate else row for row in rows]
+
+
+def _uniform(*parts: Any) -> float:
+    return int(short_digest(*parts), 16) / 16**16
+
+
+def _flipped(row: Row) -> Row:
+    new = dict(row)
+    for kind in ("", "gold_"):
+        new[f"{kind}chosen"], new[f"{kind}rejected"] = row.get(f"{kind}rejected"), row.get(f"{kind}chosen")
+    return new
+
+
 def prompt_sets(sizes: Mapping[Any, Sequence[int]], iterations: int) -> list[int]:
     """The sizes of ``iterations`` prompt sets, from a table "schedule length -> sizes" like {3: [8, 20, 30]}.
 

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "iterations": 1,
     "prompt_sets": None,
     "full_labels": True,
+    "flip_rate": 0.0,
     "bad_rows": "stop",
 }
 
@@ -52,6 +53,7 @@ def settings(config: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     values = {**known, **config}
     _check_number(values, "seed_fraction", 0, 1, (int, float))
     _check_number(values, "heldout_share", 0, 1, (int, float))
+    _check_number(values, "flip_rate", 0, 1, (int, float))
     for key in ("eval_prompts", "iterations"):
         _check_number(values, key, 0, float("inf"), (int,))
     return values
@@ -74,10 +76,11 @@ def write(given: Given, values: dict[str, Any], context: StageContext) -> None:
 
     evaluation = {row["prompt_id"] for row in parts.evaluation}
     kept_out = {**dict.fromkeys(evaluation, EVALUATION), **{row["prompt_id"]: HELD_OUT for row in heldout}}
+    seed = splits.flip_labels(seed, values["flip_rate"], values["seed"])
     _write(context, "seed", seed, PREFERENCES)
     _write(context, "heldout", heldout, PREFERENCES)
     context.rows("labels", into=len(preferences), out=len(seed) + len(heldout), dropped={UNLABELLED: len(unlabelled)})
-    ordered = splits.in_order(preferences, values["seed"])
+    ordered = splits.flip_labels(splits.in_order(preferences, values["seed"]), values["flip_rate"], values["seed"])
     _write_training(context, "all_labels", ordered, kept_out, PREFERENCES, values["full_labels"])
     demonstrations = splits.in_order(_unpack(given.demonstrations, "demonstration rows", context), values["seed"])
     shown = _write_training(context, "demonstrations", demonstrations, kept_out, DEMONSTRATIONS)

@@ -33,6 +33,8 @@ CLAUSES = {
     "ending": "closing with {}",
 }
 OPENINGS = ("write a {kind}", "please give me a {kind}", "i need a {kind}")
+# No prompt and no answer has these; judges are asked in them, and goals and system prompts are told apart by them.
+OTHER_WORDS = ("A", "B", "Yes", "No", "good", "bad", *(str(number) for number in range(-9, 10)))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ CHOICES = dict(zip(DEMANDS, (KINDS, TOPICS, TONES, ADDRESSEES, PLACES, ENDINGS),
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt or an answer of this language can contain, sorted, without repeats."""
-    words = {word for choices in CHOICES.values() for word in choices}
+    """Every word of this language, sorted, without repeats."""
+    words = set(OTHER_WORDS)
+    words |= {word for choices in CHOICES.values() for word in choices}
     for text in (ANSWER, *CLAUSES.values(), *OPENINGS):
         words |= {w for w in text.split() if not w.startswith("{")}
     return sorted(words)

@@ -33,6 +33,8 @@ def write_report(run_dir: Path) -> Path:
         name=title or run_dir.resolve().name,
         subtitle=_subtitle(summary),
         verdict=table.verdict(rows, summary),
+        judges=table.judges(rows),
+        reward_models=[_reward_model_line(row) for row in summary.get("reward_models") or []],
         header=[column.header for column in table.filled_columns(rows)],
         rows=_table_rows(rows),
         drift=table.drift_notes(rows) or ([summary["drift"]] if summary.get("drift") else []),
@@ -47,6 +49,15 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _reward_model_line(row: dict[str, Any]) -> str:
+    """How one reward model did on the held-out labels."""
+    if row.get("reward_model_accuracy") is None:
+        return f"{row['reward_model']}: no held-out labels to measure it by"
+    low, high = row["reward_model_accuracy_ci95"]
+    accuracy = f"accuracy {row['reward_model_accuracy']:.3f} [{low:.2f}, {high:.2f}]"
+    return f"{row['reward_model']}: {row['pairs']:,} pairs, {accuracy}, calibration error {row['reward_model_ece']:.3f}"
 
 
 def stage_kind(stage: Stage) -> tuple[str, str]:

@@ -51,9 +51,10 @@ PLOTS = [
          "dashed line is one half.",
          "win rate", {"win_rate_vs_sft": "against sft", "win_rate_vs_previous": "against the previous policy"},
          (0, 1), 0.5),
-    Plot("judge", "Judge and labels", "Judge: share of held-out pairs that it orders as people did, with "
-         "95\u00a0% intervals. Labels: share of the iteration's pairs that it labelled in the gold reward's order.",
-         "share right", {"judge_accuracy": "judge on held-out pairs", "label_accuracy": "labels of the pairs"},
+    Plot("judge", "Judges and labels", "Implicit reward, reward model: share of held-out pairs that the judge orders "
+         "as people did, with 95\u00a0% intervals. Labels: share of the iteration's pairs that are in the gold "
+         "reward's order.", "share right",
+         {"judge_accuracy": "implicit reward", "reward_model_accuracy": "reward model", "label_accuracy": "labels"},
          (None, None), 0.5),
     Plot("noise", "Noise detector", "Flagged: share of the pairs. Precision: flagged pairs whose label is wrong. "
          "Recall: wrong labels that were flagged.", "share",

@@ -66,6 +66,7 @@ COLUMNS = [
     Column("win_rate_vs_sft", ("wins", "v sft"), percent("win_rate_vs_sft"), 1),
     Column("win_rate_vs_previous", ("wins", "v prev"), percent("win_rate_vs_previous"), 4),
     Column("judge_accuracy", ("judge", "accuracy"), with_interval("judge_accuracy", 2), 1),
+    Column("reward_model_accuracy", ("rm", "accuracy"), percent("reward_model_accuracy"), 2),
     Column("label_accuracy", ("labels", "right"), percent("label_accuracy"), 2),
     Column("flag_share", ("pairs", "flagged"), percent("flag_share"), 5),
     Column("flag_precision", ("flags", "right"), percent("flag_precision"), 8),
@@ -139,6 +140,32 @@ def verdict(rows: list[Row], summary: dict[str, Any]) -> str:
     kept = f"final/ is {last['policy']}" + (", the policy before the drift" if last.get("good", True) else "")
     before = f"; up to there, {_change(rows, first, last)}" if last is not first else ""
     return _capital(f"{head}; drift at {drifted['policy']}{reason}; {kept}{before}.")
+
+
+def judges(rows: list[Row]) -> str | None:
+    """Which judge was the more accurate one on the held-out labels, where both were measured on the same policy."""
+    both = [r for r in rows if r.get("reward_model_accuracy") is not None and r.get("judge_accuracy") is not None]
+    if not both:
+        return None
+    row = both[-1]
+    shown = [f"{name} {_mean_of(row, key)}" for name, key in JUDGES.items()]
+    model, implicit = (row[key] for key in JUDGES.values())
+    apart = _apart(row["reward_model_accuracy_ci95"], row["judge_accuracy_ci95"])
+    said = f"the {'reward model' if model > implicit else 'implicit reward'} is the more accurate judge"
+    said = said if apart else "no measurable difference between the judges (intervals overlap)"
+    return f"On the held-out labels, at {row['policy']}: {', '.join(shown)}; {said}."
+
+
+JUDGES = {"reward model": "reward_model_accuracy", "implicit reward": "judge_accuracy"}
+
+
+def _apart(one: list[float], two: list[float]) -> bool:
+    return one[0] > two[1] or two[0] > one[1]
+
+
+def _mean_of(row: Row, key: str) -> str:
+    low, high = row[f"{key}_ci95"]
+    return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _final_row(rows: list[Row], summary: dict[str, Any]) -> Row:

@@ -6,13 +6,13 @@ chunks of prompts in id order, so that neither the number of workers nor a resta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from align_loop.engines.base import Completion, SamplingParams, SamplingRequest, open_engine
-from align_loop.record import Row, request_seed, short_digest
-from align_loop.render import Renderer
+from align_loop.record import Message, Row, request_seed, short_digest
+from align_loop.render import Renderer, with_system
 from align_loop.stage import StageContext
 
 TOO_LONG = "prompt too long for the model"
@@ -24,7 +24,9 @@ class PolicySampler:
     """``n`` answers a prompt. ``truncated``: what to do with an answer that was cut at ``max_new_tokens``.
 
     ``keep`` leaves it as it is, without an end it did not generate; ``drop`` takes it out (and counts it);
-    ``append_eos`` adds an end-of-sequence token, as the released Selfie code does.
+    ``append_eos`` adds an end-of-sequence token, as the released Selfie code does. ``variants``: name -> system prompt;
+    under each of them ``n`` more answers are sampled, marked by the name, for builders that know which context makes
+    the better answer. They are trained on under the plain prompt.
     """
 
     n: int = 2
@@ -34,6 +36,7 @@ class PolicySampler:
     engine: Literal["auto", "vllm", "hf"] = "auto"
     chunk: int = 2048
     truncated: Literal["keep", "drop", "append_eos"] = "keep"
+    variants: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low in (("n", 1), ("max_new_tokens", 1), ("chunk", 1)):
@@ -49,10 +52,15 @@ class PolicySampler:
             )
 
     def sample(self, prompts: list[Row], policy: Path, run: Run, context: StageContext) -> list[Row]:
-        """Rows of ``record.ANSWERS``: ``n`` for each prompt that fits, in order of prompt id."""
+        """Rows of ``record.ANSWERS``: ``n`` for each prompt that fits and each context, in order of prompt id."""
         renderer = Renderer(policy)
-        rendered = {row["prompt_id"]: renderer.prompt_ids(row["messages"]) for row in prompts}
-        fitting = sorted(i for i, ids in rendered.items() if len(ids) + self.max_new_tokens <= run.max_length)
+        contexts = [None, *self.variants]
+        rendered = {
+            row["prompt_id"]: [renderer.prompt_ids(self._under(row["messages"], name)) for name in contexts]
+            for row in prompts
+        }
+        room = run.max_length - self.max_new_tokens
+        fitting = sorted(i for i, made in rendered.items() if max(map(len, made)) <= room)
         context.rows("prompts", into=len(prompts), out=len(fitting), dropped={TOO_LONG: len(prompts) - len(fitting)})
         engine = open_engine(
             self.engine, policy, dtype=run.dtype, max_model_len=run.max_length, hardware=context.hardware
@@ -60,17 +68,26 @@ class PolicySampler:
         context.fact("engine", f"{engine.name} {engine.version}")
         params = SamplingParams(self.temperature, self.top_p, self.max_new_tokens)
         rows: list[Row] = []
-        with context.progress(len(fitting) * self.n, "answers") as progress:
+        count = self.n * len(contexts)
+        with context.progress(len(fitting) * count, "answers") as progress:
             for start in range(0, len(fitting), self.chunk):
-                asked = [(i, k) for i in fitting[start : start + self.chunk] for k in range(self.n)]
-                requests = [SamplingRequest(rendered[i], request_seed(run.seed, run.iteration, i, k)) for i, k in asked]
+                asked = [(i, k) for i in fitting[start : start + self.chunk] for k in range(count)]
+                requests = [
+                    SamplingRequest(rendered[i][k // self.n], request_seed(run.seed, run.iteration, i, k))
+                    for i, k in asked
+                ]
                 for (i, k), request, done in zip(asked, requests, engine.generate(requests, params), strict=True):
-                    rows.append(_row(i, k, run.iteration, request, done, renderer))
+                    row = _row(i, k, run.iteration, request, done, renderer)
+                    rows.append(row | {"variant": contexts[k // self.n]})
                 progress.update(len(asked))
         context.tokens(sum(len(row["token_ids"]) for row in rows))
         kept = self._truncated(rows, renderer.tokenizer.eos_token_id)
         context.rows("answers", into=len(rows), out=len(kept), dropped={CUT: len(rows) - len(kept)})
         return kept
+
+    def _under(self, messages: list[Message], variant: str | None) -> list[Message]:
+        """``messages`` as a variant sees them; None is the plain prompt."""
+        return messages if variant is None else with_system(messages, self.variants[variant])
 
     def _truncated(self, rows: list[Row], eos: int) -> list[Row]:
         """``rows`` after the action on answers that were cut."""

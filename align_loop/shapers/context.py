@@ -3,7 +3,8 @@
 A shaper is a dataclass with ``shape(examples, context) -> (kept, dropped)``: rows of ``record.EXAMPLES``, and the rows
 that it dropped by reason. It may change fields and add rows of its own (with new example ids), but every row that it
 was given comes back in one of the two. One that reads models names them as annotators do: ``roles()`` gives name ->
-role (initial, policy, previous, reward_model, or a model folder).
+role (initial, policy, previous, reward_model, or a model folder). One that works on scores says ``needs_scores``, a
+class variable, and is left out where people's labels are shaped.
 """
 
 from __future__ import annotations

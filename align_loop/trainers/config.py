@@ -45,7 +45,8 @@ class TrainingConfig:
 class LoraConfig:
     """A low-rank adapter (Hu et al. 2021) instead of all weights.
 
-    ``dropout`` acts in supervised training; DPO switches every dropout off, so that policy and reference compare.
+    ``dropout`` acts in supervised training and in reward models; DPO switches every dropout off, so that policy and
+    reference compare.
     """
 
     r: int = 16

@@ -22,8 +22,13 @@ PROBES = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats, over a whole probe sequence
 
 
-def with_adapter(model: PreTrainedModel, lora: LoraConfig, adapter_dir: Path | None, seed: int) -> peft.PeftModel:
-    """``model`` with the adapter of ``adapter_dir``, trainable; a fresh one (no effect yet) where that is None."""
+def with_adapter(
+    model: PreTrainedModel, lora: LoraConfig, adapter_dir: Path | None, seed: int, task: str = "CAUSAL_LM"
+) -> peft.PeftModel:
+    """``model`` with the adapter of ``adapter_dir``, trainable; a fresh one (no effect yet) where that is None.
+
+    ``task`` "SEQ_CLS": a model with a score head, which peft then trains in full beside the adapter.
+    """
     if adapter_dir is not None:
         return peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     set_seed(seed)  # the adapter's first factor starts at random
@@ -34,7 +39,7 @@ def with_adapter(model: PreTrainedModel, lora: LoraConfig, adapter_dir: Path | N
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
+            task_type=task,
         ),
     )
 

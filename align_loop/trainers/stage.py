@@ -7,7 +7,7 @@ from typing import Any
 
 from align_loop.engines.base import release_engines
 from align_loop.parts import build, part
-from align_loop.record import read_rows
+from align_loop.record import Row, read_rows
 from align_loop.render import Renderer
 from align_loop.stage import StageContext
 from align_loop.trainers.config import LoraConfig, TrainingConfig
@@ -35,8 +35,8 @@ def sft(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) 
 def pairs(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
     """``config`` {training, objective, noise, iteration, lora, dtype, seed}; writes ``model/`` and ``flags.parquet``.
 
-    Inputs: the model folders ``policy`` and ``reference``, the stage ``pairs`` and, with LoRA, ``base`` (the SFT model
-    that the adapter sits on) and, after the first round, ``adapter``.
+    Inputs: the model folders ``policy`` and ``reference``, the stages ``pairs``, ``pairs-...`` (trained on as one) and,
+    with LoRA, ``base`` (the SFT model that the adapter sits on) and, after the first round, ``adapter``.
     """
     from align_loop.trainers.pairs import train_pairs
 
@@ -45,13 +45,19 @@ def pairs(config: dict[str, Any], inputs: dict[str, Path], context: StageContext
         reference_dir=inputs["reference"],
         base_dir=inputs.get("base"),
         adapter_dir=inputs.get("adapter"),
-        examples=read_rows(inputs["pairs"] / "examples.parquet"),
+        examples=examples_of(inputs),
         out=context.out,
         objective=part(config["objective"], "objective"),
         noise=part(config["noise"], "noise") if config["noise"] else None,
         iteration=config["iteration"],
         **_common(config, context),
     )
+
+
+def examples_of(inputs: dict[str, Path]) -> list[Row]:
+    """The examples of every input stage called ``pairs`` or ``pairs-...``, in the order of these names."""
+    stages = [inputs[name] for name in sorted(inputs) if name.partition("-")[0] == "pairs"]
+    return [row for stage in stages for row in read_rows(stage / "examples.parquet")]
 
 
 def _common(config: dict[str, Any], context: StageContext) -> dict[str, Any]:
