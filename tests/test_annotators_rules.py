@@ -135,7 +135,7 @@ def test_only_the_budget_is_labelled_and_by_chance_of_the_seed_alone(tmp_path):
     def asked(rows=answers, seed=0, **fields):
         work = job(tmp_path, (prompts, rows), gold=quality(answers), seed=seed)
         found = {row["prompt_id"] for row in Gold(budget=5, **fields).annotate(work).scores}
-        assert work.context.report["rows"]["prompts"] == {"in": 20, "out": 5, "dropped": {"budget": 15}}
+        assert work.context.report["rows"]["prompts"] == {"in": 20, "out": 5, "dropped": {"outside the budget": 15}}
         return found
 
     assert asked() == asked(answers[::-1]) != asked(seed=1)
@@ -259,4 +259,8 @@ def test_an_ensemble_runs_as_a_stage(tmp_path):
     scores = read_rows(tmp_path / "out" / "scores.parquet")
     assert len(scores) == 6 and all(row["reward_sd"] >= 0 and row["logp_reference"] < 0 for row in scores)
     assert context.report["rows"]["answers"] == {"in": 12, "out": 6, "dropped": {"not scored": 6}}
-    assert context.report["rows"]["members.person: prompts"] == {"in": 4, "out": 2, "dropped": {"budget": 2}}
+    assert context.report["rows"]["members.person: prompts"] == {
+        "in": 4,
+        "out": 2,
+        "dropped": {"outside the budget": 2},
+    }
