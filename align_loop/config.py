@@ -255,14 +255,16 @@ def _check_references(config: Config) -> None:
         trained_roles.add(step.role)
     trained = [s for s in unrolled if s.role == "policy" and set(s.data) & set(LABELLED)]
     on_policy = any("on_policy" in s.data for s in unrolled)
-    reference = roles_of(config.annotator).get("reference")
-    if on_policy and reference == "policy":
-        raise UserError("annotator.reference=policy: the judge held against itself gives 0 for all; take initial")
-    if on_policy and not trained and reference in ("initial", "previous"):
-        raise UserError(
-            f"annotator.reference={reference}: without a step on labelled data the first policy is "
-            "the reference itself and all rewards would be 0; name another model (annotator.reference=FOLDER)"
-        )
+    for name, reference in roles_of(config.annotator).items():
+        if not on_policy or name.rpartition(".")[2] != "reference":
+            continue
+        if reference == "policy":
+            raise UserError(f"annotator.{name}=policy: the judge held against itself gives 0 for all; take initial")
+        if not trained and reference in ("initial", "previous"):
+            raise UserError(
+                f"annotator.{name}={reference}: without a step on labelled data the first policy is "
+                f"the reference itself and all rewards would be 0; name another model (annotator.{name}=FOLDER)"
+            )
     if any("seed" in s.data for s in unrolled) and not config.setting.has_preferences:
         raise UserError("setting.preferences is missing: this recipe needs labelled preferences")
 

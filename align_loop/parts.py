@@ -90,24 +90,15 @@ def plain(obj: Any) -> dict[str, Any]:
 
 
 def code_of(obj: Any) -> list[str]:
-    """Dotted names of the code behind a part: its class, the parts in its fields, and what its ``code()`` names.
+    """Further code that a part names by a method ``code()``, and the parts in its fields: a user's functions.
 
-    ``code()`` is for a part that calls a user's function: it returns names like ``package.module:function``.
+    As ``package.module:function``.
     """
-    cls = type(obj)
-    found = [f"{cls.__module__}.{cls.__qualname__}", *(obj.code() if hasattr(obj, "code") else [])]
-    for inner in parts_in(obj).values():
-        found += code_of(inner)
-    return found
-
-
-def parts_in(obj: Any) -> dict[str, Any]:
-    """The parts in a part's fields: name -> part, with a dot between field and key where the field is a dict."""
-    found = {}
+    found = list(obj.code()) if hasattr(obj, "code") else []
     for f in dataclasses.fields(obj):
-        value = getattr(obj, f.name)
-        if f.metadata.get("part") and value is not None:
-            found |= {f"{f.name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {f.name: value}
+        value = getattr(obj, f.name) if f.metadata.get("part") else None
+        for inner in value.values() if isinstance(value, Mapping) else [value]:
+            found += code_of(inner) if inner is not None else []
     return found
 
 

@@ -4,7 +4,7 @@ import pytest
 from annotator_fixtures import all_logprobs, job, judge_folder, knobs, made, outcome, rewards
 from tiny import EOS_ID, tiny_llama
 
-from align_loop.annotators.density_ratio import DensityRatio, with_system
+from align_loop.annotators.density_ratio import DensityRatio
 from align_loop.annotators.followup import FollowupLikelihood
 from align_loop.annotators.implicit_reward import ImplicitReward
 from align_loop.annotators.judging import Reader
@@ -49,11 +49,10 @@ def test_without_criteria_it_is_the_implicit_reward_at_beta_one(models, tmp_path
     assert rewards(ratio) == pytest.approx(rewards(implicit), abs=1e-4)
 
 
-def test_criteria_go_behind_a_system_message_that_is_there():
-    user = {"role": "user", "content": "u"}
-    assert with_system([user], None) == [user]
-    assert with_system([user], "c") == [{"role": "system", "content": "c"}, user]
-    assert with_system([{"role": "system", "content": "s"}, user], "c")[0]["content"] == "s\n\nc"
+def test_criteria_that_are_empty_are_none(models, tmp_path):
+    tables = made(count=2)
+    before = rewards(DensityRatio().annotate(job(tmp_path, tables, models)))
+    assert rewards(DensityRatio(criteria="").annotate(job(tmp_path, tables, models))) == before
 
 
 def test_models_that_are_the_same_are_refused(models, tmp_path):

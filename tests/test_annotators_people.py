@@ -16,7 +16,6 @@ from align_loop.compose import load
 from align_loop.errors import UserError
 from align_loop.groups import Group
 from align_loop.labels import COLUMNS, pair_id, read_labels, write_pairs
-from align_loop.parts import code_of
 from align_loop.prompts.files import read_file
 from align_loop.prompts.formats import preferences
 from align_loop.record import read_rows
@@ -274,7 +273,6 @@ def test_labels_are_an_input_of_the_stage_by_content(tmp_path):
     assert {p.rpartition(".")[2] for p in first.parts} == {"People", "ImplicitReward"}
     file.write_text("y\n")
     assert stage().inputs["labels"].digest != first.inputs["labels"].digest
-    assert code_of(load(given)[0].annotator)[0] == "align_loop.annotators.people.People"
     with pytest.raises(UserError, match="annotator.file=.*no such file"):
         load([*given[:2], "annotator.file=nowhere.csv"])
 

@@ -17,7 +17,7 @@ from align_loop.annotators.judging import pair_row, score_row
 from align_loop.annotators.stage import annotate
 from align_loop.annotators.verifier import Verifier
 from align_loop.errors import UserError
-from align_loop.parts import code_of, node_of, part
+from align_loop.parts import code_of, node_of, part, targets_of
 from align_loop.record import ANSWERS, GOLD, PROMPTS, SCORES, read_rows, write_table
 from align_loop.stage import StageContext
 
@@ -44,7 +44,11 @@ def test_the_variant_is_a_column_of_answers(tmp_path):
     _, answers = made(n=1, count=1)
     write_table(tmp_path / "a", [answers[0] | {"variant": "good"}, answers[0]], ANSWERS)
     assert [row["variant"] for row in read_rows(tmp_path / "a")] == ["good", None]
-    assert ANSWERS.names[-1] == "variant" and SCORES.names[-3:] == ["tokens", "reward_sd", "cost"]
+    assert (
+        ANSWERS.names[-1] == "variant"
+        and SCORES.names[-2:] == ["tokens", "cost"]
+        and SCORES.names.count("reward_sd") == 1
+    )
 
 
 # --- a user's function --------------------------------------------------------------------------------------------
@@ -105,7 +109,9 @@ def test_what_a_function_gets_wrong_is_named_by_its_answer(tmp_path, checks):
 
 
 def test_the_code_of_a_function_counts(checks):
-    assert code_of(Verifier("own_checks:even")) == ["align_loop.annotators.verifier.Verifier", "own_checks:even"]
+    check = Verifier("own_checks:even")
+    assert code_of(check) == ["own_checks:even"]
+    assert code_of(Ensemble({"a": Gold(), "b": check})) == ["own_checks:even"] and code_of(Gold()) == []
 
 
 # --- simulated people ---------------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def test_only_the_budget_is_labelled_and_by_chance_of_the_seed_alone(tmp_path):
     def asked(rows=answers, seed=0, **fields):
         work = job(tmp_path, (prompts, rows), gold=quality(answers), seed=seed)
         found = {row["prompt_id"] for row in Gold(budget=5, **fields).annotate(work).scores}
-        assert work.context.report["rows"]["prompts"] == {"in": 20, "out": 5, "dropped": {"budget": 15}}
+        assert work.context.report["rows"]["prompts"] == {"in": 20, "out": 5, "dropped": {"outside the budget": 15}}
         return found
 
     assert asked() == asked(answers[::-1]) != asked(seed=1)
@@ -191,7 +197,7 @@ class Fixed:
 
 def ensemble_job(tmp_path):
     prompts, answers = made(n=2, count=2)
-    models = {"a.judge": "A", "b.judge": "B"}
+    models = {"members.a.judge": "A", "members.b.judge": "B"}
     return job(tmp_path, (prompts, answers), models), [row["sample_id"] for row in answers]
 
 
@@ -206,7 +212,7 @@ def test_mean_and_spread_by_hand(tmp_path):
     assert rows[w]["cost"] == 0.5 and work.context.report["tokens"] == 20
     assert compared(got) == {(w, x): pytest.approx(0.3), (x, w): pytest.approx(0.7)}
     report = work.context.report["facts"]
-    assert (report["a: read"], report["b: read"], report["a: answers scored"]) == ("A", "B", 3)
+    assert (report["members.a: read"], report["members.b: read"], report["members.a: answers scored"]) == ("A", "B", 3)
     normal = Ensemble({"a": first, "b": second}).annotate(work)
     step = math.sqrt(1.5)  # 1, 3, 5 become -step, 0, step
     assert rewards(normal) == pytest.approx({w: -step / 2, x: -step / 2, y: step})
@@ -216,9 +222,9 @@ def test_mean_and_spread_by_hand(tmp_path):
 def test_members_are_parts_with_their_own_models_gold_and_code(tmp_path):
     members = {"a": Fixed(), "b": Gold()}
     whole = Ensemble(members)
-    assert whole.roles() == {"a.judge": "policy"} and whole.needs_gold and whole.files() == {}
+    assert whole.roles() == {"members.a.judge": "policy"} and whole.needs_gold and whole.files() == {}
     assert not Ensemble({"a": Fixed(), "b": Fixed()}).needs_gold
-    assert code_of(whole)[1:] == [f"{__name__}.Fixed", "align_loop.annotators.gold.Gold"]
+    assert targets_of(node_of(whole))[1:] == [f"{__name__}.Fixed", "align_loop.annotators.gold.Gold"]
     node = node_of(whole)
     assert node["members"]["b"]["_target_"] == "align_loop.annotators.gold.Gold"
     assert part(node, "annotator") == whole
@@ -242,7 +248,9 @@ def test_an_ensemble_runs_as_a_stage(tmp_path):
     rows = [{"sample_id": s, "prompt_id": "p", "gold": g} for s, g in quality(answers).items()]
     write_table(tmp_path / "gold" / "gold.parquet", rows, GOLD)
     whole = Ensemble({"self": ImplicitReward(), "person": Gold(budget=2)})
-    models = {f"self.{name}": tiny_llama(tmp_path / name, seed=i) for i, name in enumerate(("policy", "reference"))}
+    models = {
+        f"members.self.{name}": tiny_llama(tmp_path / name, seed=i) for i, name in enumerate(("policy", "reference"))
+    }
     inputs = {"answers": tmp_path / "sample", "prompts": tmp_path / "prompts.parquet", "gold": tmp_path / "gold"}
     (tmp_path / "out").mkdir()
     context = StageContext("s", tmp_path / "out", hardware={"device": "cpu"}, quiet=True)
@@ -251,4 +259,8 @@ def test_an_ensemble_runs_as_a_stage(tmp_path):
     scores = read_rows(tmp_path / "out" / "scores.parquet")
     assert len(scores) == 6 and all(row["reward_sd"] >= 0 and row["logp_reference"] < 0 for row in scores)
     assert context.report["rows"]["answers"] == {"in": 12, "out": 6, "dropped": {"not scored": 6}}
-    assert context.report["rows"]["person: prompts"] == {"in": 4, "out": 2, "dropped": {"budget": 2}}
+    assert context.report["rows"]["members.person: prompts"] == {
+        "in": 4,
+        "out": 2,
+        "dropped": {"outside the budget": 2},
+    }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from align_loop.annotators.job import Annotation, Job
 from align_loop.annotators.judging import TOO_LONG, Reader, by_prompt, messages_of, score_row
 from align_loop.errors import UserError
-from align_loop.record import Message, Row
+from align_loop.record import Row
+from align_loop.render import with_system
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DensityRatio:
         reader, messages = Reader(job.models[name], job.dtype, job.context), messages_of(job)
         wanted = {row["prompt_id"] for row in answers}
         prompts = {
-            prompt: reader.renderer.prompt_ids(with_system(turns, system))
+            prompt: reader.renderer.prompt_ids(with_system(turns, system) if system else turns)
             for prompt, turns in messages.items()
             if prompt in wanted
         }
@@ -72,12 +73,3 @@ class DensityRatio:
         fitting = {sample: pair for sample, pair in sequences.items() if reader.fits(len(pair[0]) + len(pair[1]))}
         values = reader.logprobs(list(fitting.values()), on_done)
         return {sample: float(sum(value)) for sample, value in zip(fitting, values, strict=True)}
-
-
-def with_system(messages: list[Message], text: str | None) -> list[Message]:
-    """``messages`` under the system message ``text``, which is put behind one that is already there."""
-    if not text:
-        return messages
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]

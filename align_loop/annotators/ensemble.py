@@ -43,15 +43,18 @@ class Ensemble:
 
     def roles(self) -> dict[str, str]:
         """The models that the members read."""
-        return inner_roles(self.members)
+        return inner_roles(self._named())
 
     def files(self) -> dict[str, str]:
         """The files that the members read."""
-        return inner_roles(self.members, "files")
+        return inner_roles(self._named(), "files")
+
+    def _named(self) -> dict[str, Any]:
+        return {f"members.{name}": member for name, member in self.members.items()}
 
     def annotate(self, job: Job) -> Annotation:
         """Mean and spread; each member's own counts and facts are reported under its name."""
-        made = [annotate_inside(name, member, job) for name, member in self.members.items()]
+        made = [annotate_inside(f"members.{name}", member, job) for name, member in self.members.items()]
         tables = [{row["sample_id"]: row for row in annotation.scores} for annotation in made]
         common = [a for a in job.answers if all(a["sample_id"] in table for table in tables)]
         rewards = [[table[a["sample_id"]]["reward"] for a in common] for table in tables]
@@ -66,7 +69,7 @@ class Ensemble:
 
 
 def annotate_inside(name: str, member: Any, job: Job) -> Annotation:
-    """What an annotator inside another one says; its counts and facts go to the outer report under ``name``."""
+    """What an annotator inside another one says. ``name``: its key, under which its counts and facts are reported."""
     inner = dataclasses.replace(job.context, report=StageContext("", job.context.out).report)
     annotation = member.annotate(inner_job(job, name, inner))
     job.context.tokens(inner.report["tokens"])

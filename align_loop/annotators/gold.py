@@ -47,7 +47,9 @@ class Gold:
             asked = sorted(groups, key=lambda prompt: short_digest("gold", job.seed, prompt))[: self.budget]
         else:
             asked = sorted(groups)[: self.budget]
-        job.context.rows("prompts", into=len(groups), out=len(asked), dropped={"budget": len(groups) - len(asked)})
+        job.context.rows(
+            "prompts", into=len(groups), out=len(asked), dropped={"outside the budget": len(groups) - len(asked)}
+        )
         chosen = {prompt: groups[prompt] for prompt in sorted(asked)}
         if self.sharpness is None:
             return Annotation([score_row(a, job.gold[a["sample_id"]]) for rows in chosen.values() for a in rows])

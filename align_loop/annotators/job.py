@@ -14,8 +14,9 @@ class Job:
     """One table of answers to annotate.
 
     ``prompts``, ``answers``: rows of ``record.PROMPTS`` and ``record.ANSWERS``; ``models``: the folders of the roles
-    that the annotator's ``roles()`` asked for; ``gold``: sample id -> true quality in [0, 1] where the annotator asked
-    for it (``needs_gold = True``), else None; ``seed``: for whatever is drawn by chance.
+    that the annotator's ``roles()`` asked for, and the files that its ``files()`` named; ``gold``: sample id -> true
+    quality in [0, 1] where the annotator asked for it (``needs_gold = True``), else None; ``seed``: for whatever is
+    drawn by chance.
     """
 
     prompts: list[Row]

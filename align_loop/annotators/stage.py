@@ -15,8 +15,8 @@ from align_loop.stage import StageContext
 def annotate(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
     """The stage: writes ``scores.parquet`` and ``pairwise.parquet``.
 
-    ``config`` {annotator, dtype, seed}; inputs: the stage ``answers``, the table ``prompts``, the annotator's models,
-    and the stage ``gold`` where it asks for it.
+    ``config`` {annotator, dtype, seed}; inputs: the stage ``answers``, the table ``prompts``, the annotator's models
+    and files, and the stage ``gold`` where it asks for it.
     """
     answers = read_rows(inputs["answers"] / "answers.parquet")
     job = Job(
