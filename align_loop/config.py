@@ -179,7 +179,7 @@ def stage_names(config: Config) -> list[str]:
     names += [] if config.setting.chat_template is None else ["template"]
     names += [] if config.trains_sft else [f"initial/{part}" for part in measured]
     for step in steps(config):
-        parts = own if "on_policy" in step.data else []
+        parts = list(own) if "on_policy" in step.data else []
         parts += [pairs_name(step, data) for data in step.data if data in LABELLED]
         after = measured if step.role == "policy" else ["evaluate"]
         names += [f"{step.name}/{part}" for part in (*parts, "train", *after)]

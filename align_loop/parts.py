@@ -90,15 +90,17 @@ def plain(obj: Any) -> dict[str, Any]:
 
 
 def code_of(obj: Any) -> list[str]:
-    """Further code that a part names by a method ``code()``, and the parts in its fields: a user's functions.
+    """Dotted names of the code behind a part: its class, the parts in its fields, and what its ``code()`` names.
 
-    As ``package.module:function``.
+    ``code()`` is for a part that calls a user's function: it returns names like ``package.module:function``.
     """
-    found = list(obj.code()) if hasattr(obj, "code") else []
+    cls = type(obj)
+    found = [f"{cls.__module__}.{cls.__qualname__}", *(obj.code() if hasattr(obj, "code") else [])]
     for f in dataclasses.fields(obj):
         value = getattr(obj, f.name) if f.metadata.get("part") else None
-        for inner in value.values() if isinstance(value, Mapping) else [value]:
-            found += code_of(inner) if inner is not None else []
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        for part_within in inner:
+            found += code_of(part_within) if part_within is not None else []
     return found
 
 
