@@ -17,7 +17,7 @@ from align_loop.annotators.judging import pair_row, score_row
 from align_loop.annotators.stage import annotate
 from align_loop.annotators.verifier import Verifier
 from align_loop.errors import UserError
-from align_loop.parts import code_of, node_of, part, targets_of
+from align_loop.parts import code_of, node_of, part
 from align_loop.record import ANSWERS, GOLD, PROMPTS, SCORES, read_rows, write_table
 from align_loop.stage import StageContext
 
@@ -110,8 +110,10 @@ def test_what_a_function_gets_wrong_is_named_by_its_answer(tmp_path, checks):
 
 def test_the_code_of_a_function_counts(checks):
     check = Verifier("own_checks:even")
-    assert code_of(check) == ["own_checks:even"]
-    assert code_of(Ensemble({"a": Gold(), "b": check})) == ["own_checks:even"] and code_of(Gold()) == []
+    here = "align_loop.annotators"
+    assert code_of(check) == [f"{here}.verifier.Verifier", "own_checks:even"]
+    both = code_of(Ensemble({"a": Gold(), "b": check}))
+    assert both == [f"{here}.ensemble.Ensemble", f"{here}.gold.Gold", f"{here}.verifier.Verifier", "own_checks:even"]
 
 
 # --- simulated people ---------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def test_members_are_parts_with_their_own_models_gold_and_code(tmp_path):
     whole = Ensemble(members)
     assert whole.roles() == {"members.a.judge": "policy"} and whole.needs_gold and whole.files() == {}
     assert not Ensemble({"a": Fixed(), "b": Fixed()}).needs_gold
-    assert targets_of(node_of(whole))[1:] == [f"{__name__}.Fixed", "align_loop.annotators.gold.Gold"]
+    assert code_of(whole)[1:3] == [f"{__name__}.Fixed", "align_loop.annotators.gold.Gold"]
     node = node_of(whole)
     assert node["members"]["b"]["_target_"] == "align_loop.annotators.gold.Gold"
     assert part(node, "annotator") == whole
