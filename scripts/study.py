@@ -105,9 +105,13 @@ def read_results(folder: Path) -> dict[tuple[Point, int], Rows]:
     return {((r["recipe"], r["learning_rate"], r["epochs"]), r["seed"]): r["rows"] for r in records}
 
 
-def final_gold(rows: Rows) -> float:
-    """The gold reward of the last policy, whether or not the drift guard would have kept it."""
-    return rows[-1]["gold_reward"]
+def final_gold(rows: Rows, guarded: bool = True) -> float:
+    """The gold reward of what a run leaves in ``final/``: its last policy before a trip of the drift guard.
+
+    The guard sees no gold. Not ``guarded``: of the last policy, whatever the guard said.
+    """
+    kept = [row for row in rows if row["good"]] if guarded else rows
+    return kept[-1]["gold_reward"]
 
 
 def choose(grid: list[Point], seeds: list[int], results: dict[tuple[Point, int], Rows]) -> dict[str, Point]:
@@ -153,14 +157,15 @@ def result_lines(best: dict[str, Point], results: dict[tuple[Point, int], Rows],
     for name, values in {"sft": sft, **finals}.items():
         mean, half = interval(values)
         lines.append(f"| {name} | {mean:.3f} [{mean - half:.3f}, {mean + half:.3f}] |")
-    gain, gain_half = interval([a - b for a, b in zip(finals["selfie_iter4"], finals["dpo_seed"], strict=True)])
     gap = fmean(finals["dpo_full_labels"]) - fmean(finals["dpo_seed"])
-    return [
-        *lines,
-        "",
-        f"selfie_iter4 minus dpo_seed, paired: {gain:+.3f} [{gain - gain_half:+.3f}, {gain + gain_half:+.3f}]; "
-        f"that is {gain / gap:.0%} of the gap to dpo_full_labels ({gap:+.3f}).",
-    ]
+    last = [final_gold(results[best["selfie_iter4"], s], guarded=False) for s in common]
+    tripped = sum(not results[best["selfie_iter4"], s][-1]["good"] for s in common)
+    lines += ["", f"The drift guard tripped in {tripped} of {len(common)} runs of selfie_iter4."]
+    for what, values in (("final/", finals["selfie_iter4"]), ("last iteration, whatever the guard said,", last)):
+        gain, half = interval([a - b for a, b in zip(values, finals["dpo_seed"], strict=True)])
+        said = f"selfie_iter4's {what} minus dpo_seed, paired: {gain:+.3f} [{gain - half:+.3f}, {gain + half:+.3f}]"
+        lines.append(f"{said}; that is {gain / gap:.0%} of the gap to dpo_full_labels ({gap:+.3f}).")
+    return lines
 
 
 def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: list[int], path: Path) -> None:
