@@ -169,7 +169,7 @@ def result_lines(best: dict[str, Point], results: dict[tuple[Point, int], Rows],
 
 
 def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: list[int], path: Path) -> None:
-    """Gold reward by round of ``selfie_iter4``, with the two baselines as levels; bands are 95 % intervals."""
+    """Gold reward by round of ``selfie_iter4`` and of what it leaves in ``final/``; the baselines as levels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,10 +180,13 @@ def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: 
         return
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     runs = [results[best["selfie_iter4"], s] for s in common]
-    names = [row["policy"] for row in runs[0]]
-    columns = [interval([run[i]["gold_reward"] for run in runs]) for i in range(len(names))]
+    names = [*(row["policy"] for row in runs[0]), "final/"]
+    curves = [[*(row["gold_reward"] for row in run), final_gold(run)] for run in runs]
+    columns = [interval(list(values)) for values in zip(*curves, strict=True)]
     means = [m for m, _ in columns]
     colour = COLOURS["selfie_iter4"]
+    for curve in curves:
+        axes.plot(names, curve, color=colour, lw=0.7, alpha=0.5)
     axes.plot(names, means, marker="o", color=colour, label="Selfie, 3.3 % of the labels")
     axes.fill_between(names, [m - h for m, h in columns], [m + h for m, h in columns], color=colour, alpha=0.2, lw=0)
     labels = {"dpo_seed": "DPO on 3.3 % of the labels", "dpo_full_labels": "DPO on 100 % of the labels"}
@@ -191,8 +194,9 @@ def draw(best: dict[str, Point], results: dict[tuple[Point, int], Rows], seeds: 
         mean, half = interval([final_gold(results[best[recipe], s]) for s in common])
         axes.axhline(mean, color=COLOURS[recipe], ls="--", label=label)
         axes.axhspan(mean - half, mean + half, color=COLOURS[recipe], alpha=0.12, lw=0)
+    axes.set_ylim(top=1.0)
     axes.set_ylabel("gold reward")
-    axes.set_title(f"Mean of {len(common)} seeds; bands: 95 % intervals", fontsize=10)
+    axes.set_title(f"Means of {len(common)} seeds, bands: 95 % intervals; thin: the single runs", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
