@@ -44,7 +44,8 @@ def compose_node(overrides: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = _compose(overrides)
         if missing := sorted(OmegaConf.missing_keys(composed)):
-            raise UserError(f"{missing[0]} is missing: setting={composed.setting.name} needs it; add {missing[0]}=...")
+            needed = f": setting={composed.setting.name} needs it" if missing[0].startswith("setting.") else ""
+            raise UserError(f"{missing[0]} is missing{needed}; add {missing[0]}=...")
         if composed.run_dir is None:
             composed.run_dir = default_run_dir(OmegaConf.to_container(composed, resolve=False))
         return OmegaConf.to_container(composed, resolve=True)

@@ -48,6 +48,7 @@ WRONG = [
     (f"{SELFIE} loop.iteration=3", "loop.iteration=3", "did you mean iterations"),
     (f"{SELFIE} setting.training.iteration.learning_rat=1", "learning_rat=1", "did you mean learning_rate"),
     (f"{SELFIE} shapers.least_confidant.share=0.1", "shapers.least_confidant.share=0.1", "shapers.least_confident"),
+    (f"{SELFIE} annotator=verifier", "annotator.function is missing; add annotator.function=..."),
     (f"{SELFIE} schedule.iteration.0.nois=true", "schedule.iteration[0].nois=True", "did you mean noise"),
     (f"{SELFIE} +lora lora.targets=all", "lora.targets=all", "did you mean target_modules"),
     # types
