@@ -151,7 +151,7 @@ class Run:
         previous = self.reward_models[-1].model if self.reward_models and settings.start == "previous" else None
         inputs = {"model": previous or self.initial.model, **_pairs_of(tables)}
         config = self._training(step) | {"reward_model": node_of(settings)}
-        run, parts = "align_loop.trainers.reward_stage:reward", code_of(settings)
+        run, parts = "align_loop.trainers.stage:reward", code_of(settings)
         trained = self._stage(f"{step.name}/train", run, config, inputs, parts=parts)
         inputs = {"reward_model": trained, "heldout": self._table("heldout")}
         config = {"dtype": self.config.setting.dtype}

@@ -52,7 +52,7 @@ def test_every_annotator_lists_its_fields_and_asks_for_what_it_reads(name, check
     cls = find(node["_target_"], name)
     assert set(node) - {"_target_"} == {f.name for f in dataclasses.fields(cls)}
     (tmp_path / "model").mkdir()  # the reward model of another run
-    more = {"reward_model": [f"annotator.role={tmp_path / 'model'}"]} | REQUIRED
+    more = {"reward_model": [f"annotator.reward_model={tmp_path / 'model'}"]} | REQUIRED
     config = load([SELFIE, f"annotator={name}", *more.get(name, [])])[0]
     assert type(config.annotator) is cls
     stage = {s.name: s for s in planned(config, tmp_path)}["iteration-2/annotate"]

@@ -101,7 +101,7 @@ def test_the_stage_writes_scores(folders, tmp_path) -> None:
 
 def test_the_role_is_asked_for_by_name() -> None:
     assert RewardModelScore().roles() == {"reward_model": "reward_model"}
-    assert RewardModelScore(role="/models/rm").roles() == {"reward_model": "/models/rm"}
+    assert RewardModelScore(reward_model="/models/rm").roles() == {"reward_model": "/models/rm"}
     with pytest.raises(ValueError, match="annotator.length_penalty=nan"):
         RewardModelScore(length_penalty=float("nan"))
 

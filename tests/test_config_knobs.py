@@ -1,5 +1,6 @@
 """No dead knob: every key of a configuration is part of some stage's key, or something else is named that reads it."""
 
+import pytest
 from planned import changed, keyed
 
 from align_loop import runner
@@ -64,7 +65,7 @@ REWARD_MODEL = {
     "reward_model.dim": None,
     "reward_model.member_data": None,  # goes with members
     "reward_model.start": "previous",
-    "annotator.role": None,
+    "annotator.reward_model": None,
     "setting.training.reward.batch_size": 16,
 }
 
@@ -114,6 +115,22 @@ def dead_knobs(node, knobs, tmp_path, others=OTHER):
         if other is not None and keyed(from_node(changed(node, name, other)), tmp_path) == before:
             dead.append(name)
     return dead
+
+
+@pytest.mark.parametrize("own", ["annotator", "builder", "shapers", "objective"])
+def test_a_steps_own_parts_act_in_that_step_alone(own, tmp_path):
+    other = {
+        "annotator": {"_target_": "align_loop.annotators.gold.Gold"},
+        "builder": {"_target_": "align_loop.builders.best.BestRandom"},
+        "shapers": {"length": {"_target_": "align_loop.shapers.filters.LengthRules", "max_ratio": 2.0}},
+        "objective": {"_target_": "align_loop.objectives.objective.Objective", "beta": 0.7},
+    }
+    node = compose_node([SELFIE])
+    changed_step = [{**node["schedule"]["iteration"][0], own: other[own]}]
+    one, two = (keyed(from_node(n), tmp_path) for n in (node, changed(node, "schedule.iteration", changed_step)))
+    differ = {a[0] for a, b in zip(one, two, strict=True) if a != b}
+    stage = {"annotator": "annotate", "builder": "pairs", "shapers": "pairs", "objective": "train"}[own]
+    assert differ == {f"iteration-{i}/{stage}" for i in (1, 2, 3, 4)}
 
 
 def test_what_is_not_keyed_changes_no_key(tmp_path):

@@ -28,7 +28,9 @@ def test_an_explanation_names_steps_and_parts(capsys):
     assert command.main(["recipes", "selfie_rm"]) == 0
     text = capsys.readouterr().out
     assert "reward_model: trains the reward model on seed" in text and "4 x iteration: trains the policy" in text
-    assert "annotator: RewardModelScore (role=reward_model" in text and "noise" not in parts_of_named("selfie_rm")
+    assert "annotator: RewardModelScore (reward_model=reward_model" in text and "noise" not in parts_of_named(
+        "selfie_rm"
+    )
     assert "noise: NoiseHandling (action=smooth" in explain("selfie_iter4")
     assert "least_confident" in table() and "least_confident" not in explain("selfie_iter4")
 

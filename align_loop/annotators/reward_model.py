@@ -14,13 +14,13 @@ from align_loop.render import Renderer
 
 @dataclass
 class RewardModelScore:
-    """``role``: the role ``reward_model``, or a reward model's folder.
+    """``reward_model``: the role of this name (the run's latest), or a reward model's folder.
 
     ``length_penalty``: taken off the score for each token of the answer (RLHF Workflow, Dong et al., arXiv
     2405.07863).
     """
 
-    role: str = "reward_model"
+    reward_model: str = "reward_model"
     length_penalty: float = 0.0
 
     def __post_init__(self) -> None:
@@ -29,7 +29,7 @@ class RewardModelScore:
 
     def roles(self) -> dict[str, str]:
         """The models that it reads: name of the input -> role."""
-        return {"reward_model": self.role}
+        return {"reward_model": self.reward_model}
 
     def annotate(self, job: Job) -> Annotation:
         """Each answer's score less the penalty, and the ensemble's deviation.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from align_loop.engines.scoring import Example, _batches
+from align_loop.engines.scoring import Example, in_batches
 
 
 def summed_hidden_states(
@@ -29,17 +29,8 @@ def summed_hidden_states(
     if any(answer and not prompt for prompt, answer in sequences):
         raise ValueError("summed_hidden_states: an empty prompt")
     results = torch.zeros(len(sequences), model.config.get_text_config().hidden_size)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _batches(sequences, token_budget):
-            results[batch] = _sums([sequences[i] for i in batch], model, pad_id, device).cpu()
-            if on_done is not None:
-                on_done(len(batch))
-    finally:
-        model.train(was_training)
-    if on_done is not None and (empty := sum(not answer for _, answer in sequences)):
-        on_done(empty)
+    for batch in in_batches(model, sequences, token_budget, on_done):
+        results[batch] = _sums([sequences[i] for i in batch], model, pad_id, device).cpu()
     return results
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from align_loop.engines.reward_folder import RewardFolder, read_reward_folder
-from align_loop.engines.scoring import Example, _batches
+from align_loop.engines.scoring import Example, in_batches
 from align_loop.errors import UserError
 from align_loop.objectives.reward import preference_score
 
@@ -113,14 +113,12 @@ def reward_vectors(
     _check_lengths(model, sequences, names)
     pad_id = model.config.get_text_config().pad_token_id
     vectors = torch.zeros(len(sequences), score_head(model).out_features)
-    for batch in _batches(sequences, token_budget):
+    for batch in in_batches(model, sequences, token_budget, on_done):
         full = [sequences[i][0] + sequences[i][1] for i in batch]
         width = max(map(len, full))
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in full], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in full], device=device)
         vectors[batch] = last_scores(model, ids, mask).float().cpu()
-        if on_done is not None:
-            on_done(len(batch))
     return vectors
 
 

@@ -60,18 +60,9 @@ def token_logprobs(
     results: list[list[float]] = [[] for _ in sequences]
     if any(answer and not prompt for prompt, answer in sequences):
         raise ValueError("token_logprobs: an empty prompt")
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _batches(sequences, token_budget):
-            for index, values in zip(batch, _score([sequences[i] for i in batch], model, pad_id, device), strict=True):
-                results[index] = values
-            if on_done is not None:
-                on_done(len(batch))
-    finally:
-        model.train(was_training)
-    if on_done is not None and (empty := sum(not answer for _, answer in sequences)):
-        on_done(empty)
+    for batch in in_batches(model, sequences, token_budget, on_done):
+        for index, values in zip(batch, _score([sequences[i] for i in batch], model, pad_id, device), strict=True):
+            results[index] = values
     return results
 
 
@@ -94,24 +85,34 @@ def next_token_logprobs(
         raise ValueError("next_token_logprobs: an empty prompt")
     results: list[list[float]] = [[] for _ in prompts]
     wanted = torch.tensor(list(tokens), device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _batches([(prompt, [0]) for prompt in prompts], token_budget):
-            logits = _last_logits([prompts[i] for i in batch], model, pad_id, device)
-            values = torch.stack([_gather_log_softmax(logits, t.expand(len(batch))) for t in wanted], dim=1).tolist()
-            for index, row in zip(batch, values, strict=True):
-                results[index] = row
-            if on_done is not None:
-                on_done(len(batch))
-    finally:
-        model.train(was_training)
+    for batch in in_batches(model, [(prompt, [0]) for prompt in prompts], token_budget, on_done):
+        logits = _last_logits([prompts[i] for i in batch], model, pad_id, device)
+        values = torch.stack([_gather_log_softmax(logits, t.expand(len(batch))) for t in wanted], dim=1).tolist()
+        for index, row in zip(batch, values, strict=True):
+            results[index] = row
     return results
 
 
 def sum_logprobs(logprobs: Sequence[Sequence[float]]) -> list[float]:
     """The log-probability of each whole answer, from ``token_logprobs``."""
     return [float(sum(values)) for values in logprobs]
+
+
+def in_batches(
+    model: PreTrainedModel, sequences: Sequence[Example], token_budget: int, on_done: Callable[[int], None] | None
+) -> Iterator[list[int]]:
+    """Indices in batches (see ``_batches``), the model in evaluation mode meanwhile; ``on_done(n)`` after each one."""
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(sequences, token_budget):
+            yield batch
+            if on_done is not None:
+                on_done(len(batch))
+    finally:
+        model.train(was_training)
+    if on_done is not None and (empty := sum(not answer for _, answer in sequences)):
+        on_done(empty)
 
 
 def _batches(sequences: Sequence[Example], token_budget: int) -> Iterator[list[int]]:

@@ -16,8 +16,8 @@ from align_loop.shapers.rows import check_share, gap, is_pair, lowest_share, num
 class ReferenceGap:
     """Keeps the ``keep`` share of pairs with the largest gap between their answers' log-probs under ``reference``.
 
-    "Clear Preferences Leave Traces" keeps the 30 to 50 % whose answers the reference separates most clearly; the
-    catalogue could not confirm which tail that is. ``gap`` absolute (the default here): the distance, whichever answer
+    "Clear Preferences Leave Traces" keeps the 30 to 50 % whose answers the reference separates most clearly; which tail
+    that is was not confirmed. ``gap`` absolute (the default here): the distance, whichever answer
     is the likelier; largest or smallest: chosen minus rejected, with its sign. ``per_token`` takes the mean log-prob of
     an answer's tokens instead of their sum, which favours no length. Needs no scores. Ties by example id.
 

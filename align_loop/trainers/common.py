@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -95,6 +96,55 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of the next pass; the trainer's loader calls it when an epoch begins."""
         self.epoch = epoch
+
+
+class GivenRows:
+    """For TRL's trainers: the rows as they are given, in the order of ``self.sampler`` (set before ``__init__``)."""
+
+    sampler: EpochSampler
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def _send_telemetry(self) -> None:
+        """Nothing is reported to anyone."""
+
+
+class WholeSteps(GivenRows):
+    """A loss that is the mean over an optimiser step's whole global batch, however that is divided.
+
+    Batches have ``index``: each example's position in the table, -1 for padding.
+    """
+
+    # The loss is already divided by the examples of the whole step, not of a micro-batch.
+    loss_is_scaled_for_ga = True
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a batch to the device; float inputs stay float32, which DeepSpeed would round to its own dtype."""
+        floats = {k: v.to(self.args.device) for k, v in inputs.items() if v.is_floating_point()}
+        return {**super()._prepare_inputs({k: v for k, v in inputs.items() if k not in floats}), **floats}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], None]:
+        """All micro-batches of the next optimiser step, each with the number of examples of the step."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        if batches:
+            index = self.accelerator.gather(torch.cat([batch["index"] for batch in batches]))
+            for batch in batches:
+                batch["examples_in_step"] = (index >= 0).sum().float()
+        return batches, None
+
+    def share_of_step(self, total: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """A micro-batch's share of the step's loss, from the sum of its examples' losses.
+
+        Times the number of processes, whose gradients are averaged.
+        """
+        return total * self.accelerator.num_processes / inputs["examples_in_step"]
 
 
 class StageReport(TrainerCallback):

@@ -35,7 +35,7 @@ from align_loop.objectives.noise import NoiseHandling, extrapolated_logprobs, sh
 from align_loop.objectives.objective import Objective
 from align_loop.objectives.pair import pair_logits
 from align_loop.objectives.scores import Side
-from align_loop.trainers.common import EpochSampler
+from align_loop.trainers.common import EpochSampler, WholeSteps
 from align_loop.trainers.lora import REFERENCE_ADAPTER
 from align_loop.trainers.models import pad_id
 from align_loop.trainers.noise_flags import NoiseFlags
@@ -47,7 +47,7 @@ Batch = dict[str, Tensor]
 PAIR = KINDS.index("pair")
 
 
-class PolicyTrainer(DPOTrainer):
+class PolicyTrainer(WholeSteps, DPOTrainer):
     """Training on the rows of ``policy_data.policy_rows``.
 
     ``ids``: example ids by row index; ``lam``: the extrapolation of the noise detector; other arguments as in
@@ -82,40 +82,17 @@ class PolicyTrainer(DPOTrainer):
 
     # Data: as given.
 
-    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset
-
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """Nothing: "precomputed" is how TRL is told to load no reference, where the objective has none."""
         return dataset
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
-
-    def _send_telemetry(self) -> None:
-        """Nothing is reported to anyone."""
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move a batch to the device; float inputs stay float32, which DeepSpeed would round to its own dtype."""
-        floats = {k: v.to(self.args.device) for k, v in inputs.items() if v.is_floating_point()}
-        return {**super()._prepare_inputs({k: v for k, v in inputs.items() if k not in floats}), **floats}
-
-    # The loss is already divided by the examples of the whole step, not of a micro-batch.
-    loss_is_scaled_for_ga = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
         """All micro-batches of the next optimiser step, with its number of examples and what the loss must know."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
-        if not batches:
-            return batches, None
-        count = (self.accelerator.gather(torch.cat([batch["index"] for batch in batches])) >= 0).sum().float()
-        for batch in batches:
-            batch["examples_in_step"] = count
         # With a single micro-batch the loss's own forward pass gives what is to be measured: see compute_loss.
-        if self._measures and (len(batches) > 1 or not self._measured_in_loss):
+        if batches and self._measures and (len(batches) > 1 or not self._measured_in_loss):
             self._measure(batches, self._score_quietly)
         return batches, None
 
@@ -272,7 +249,7 @@ class PolicyTrainer(DPOTrainer):
             total = total + 0.0 * values.sum()  # every process uses the head in every micro-batch
         if bool((view.kind == PADDING).all()):
             total = total + 0.0 * policy.sum()
-        return total * self.accelerator.num_processes / inputs["examples_in_step"]
+        return self.share_of_step(total, inputs)
 
     @torch.no_grad()
     def _remember(self, view: ExampleBatch, losses: dict[str, Tensor]) -> None:

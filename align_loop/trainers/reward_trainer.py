@@ -13,7 +13,6 @@ With q = 1, m = 0, w = 1 (or any margin m) and a scalar head, loss and gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,21 +21,18 @@ from trl import RewardTrainer
 
 from align_loop.engines.reward_scoring import last_scores
 from align_loop.objectives.reward import preference_score, reward_losses
-from align_loop.trainers.common import EpochSampler
+from align_loop.trainers.common import EpochSampler, WholeSteps
 from align_loop.trainers.reward_config import RewardModel
 from align_loop.trainers.reward_data import RewardCollator
 
 Batch = dict[str, Tensor]
 
 
-class PairRewardTrainer(RewardTrainer):
+class PairRewardTrainer(WholeSteps, RewardTrainer):
     """Trains a sequence-classification model on the rows of ``reward_data.reward_rows``.
 
     ``pad_id``: what fills up a batch; other arguments as in ``RewardTrainer``.
     """
-
-    # The loss is already divided by the pairs of the whole step, not of a micro-batch.
-    loss_is_scaled_for_ga = True
 
     def __init__(self, *, config: RewardModel, sampler: EpochSampler, pad_id: int, **arguments: Any) -> None:
         self.config, self.sampler = config, sampler
@@ -48,36 +44,10 @@ class PairRewardTrainer(RewardTrainer):
         finally:
             model_config.num_labels = config.dim
 
-    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
-
-    def _send_telemetry(self) -> None:
-        """Nothing is reported to anyone."""
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move a batch to the device; float inputs stay float32, which DeepSpeed would round to its own dtype."""
-        floats = {k: v.to(self.args.device) for k, v in inputs.items() if v.is_floating_point()}
-        return {**super()._prepare_inputs({k: v for k, v in inputs.items() if k not in floats}), **floats}
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], None]:
-        """All micro-batches of the next optimiser step, with its number of pairs."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
-        if batches:
-            index = self.accelerator.gather(torch.cat([batch["index"] for batch in batches]))
-            for batch in batches:
-                batch["pairs_in_step"] = (index >= 0).sum().float()
-        return batches, None
-
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """This micro-batch's share of the step's loss; times the number of processes, whose gradients are averaged."""
+        """This micro-batch's share of the step's loss."""
         chosen, rejected = last_scores(model, inputs["input_ids"], inputs["attention_mask"]).chunk(2)
         settings = {name: getattr(self.config, name) for name in ("head", "smoothing", "centring")}
         losses = inputs["w"] * reward_losses(chosen, rejected, inputs["q"], inputs["m"], **settings)
@@ -85,7 +55,7 @@ class PairRewardTrainer(RewardTrainer):
         if self.config.head == "scalar":
             columns += (chosen[:, 0], rejected[:, 0])
         self.seen.append(torch.stack([column.detach().float() for column in columns], dim=1))
-        return losses.sum() * self.accelerator.num_processes / inputs["pairs_in_step"]
+        return self.share_of_step(losses.sum(), inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all pairs since the last log, over all processes, to the trainer's own metrics."""

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from align_loop.errors import UserError
 from align_loop.stage import StageContext
 from align_loop.trainers import lora as adapters
-from align_loop.trainers.common import EpochSampler, attach, set_threads, trainer_arguments
+from align_loop.trainers.common import EpochSampler, GivenRows, attach, set_threads, trainer_arguments
 from align_loop.trainers.config import LoraConfig, TrainingConfig
 from align_loop.trainers.models import (
     load_model,
@@ -24,7 +24,7 @@ from align_loop.trainers.models import (
 Demonstration = tuple[list[int], list[int]]
 
 
-class DemonstrationTrainer(SFTTrainer):
+class DemonstrationTrainer(GivenRows, SFTTrainer):
     """TRL's trainer over token ids as given, in our order.
 
     Its loss is the mean over the answer tokens of the optimiser step's whole global batch (the trainer counts them
@@ -34,15 +34,6 @@ class DemonstrationTrainer(SFTTrainer):
     def __init__(self, *args: Any, sampler: EpochSampler, **kwargs: Any) -> None:
         self.sampler = sampler
         super().__init__(*args, **kwargs)
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
-        return self.sampler
-
-    def _send_telemetry(self) -> None:
-        """Nothing is reported to anyone."""
 
 
 def demonstration_rows(demonstrations: list[Demonstration], limit: int, padding: bool) -> Dataset:

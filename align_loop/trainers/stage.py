@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from align_loop.engines.base import release_engines
+from align_loop.engines.reward_folder import is_reward_model
+from align_loop.errors import UserError
 from align_loop.parts import build, part
 from align_loop.record import Row, read_rows
 from align_loop.render import Renderer
@@ -55,9 +57,31 @@ def pairs(config: dict[str, Any], inputs: dict[str, Path], context: StageContext
     )
 
 
+def reward(config: dict[str, Any], inputs: dict[str, Path], context: StageContext) -> None:
+    """``config`` {training, reward_model, lora, dtype, seed}; writes what ``reward.train_reward`` does.
+
+    Inputs: ``model`` (the language model, or with ``reward_model.start=previous`` the reward model before) and the
+    stages ``pairs``, ``pairs-...`` (trained on as one: people's labels, synthetic ones, or both).
+    """
+    from align_loop.trainers.reward import train_reward
+
+    wanted = part(config["reward_model"], "reward_model")
+    if wanted.start == "base" and is_reward_model(inputs["model"]):
+        raise UserError(f"reward_model.start=base, but {inputs['model']} is a reward model: take start=previous")
+    train_reward(
+        model_dir=inputs["model"],
+        examples=examples_of(inputs),
+        out=context.out,
+        reward_model=wanted,
+        **_common(config, context),
+    )
+
+
 def examples_of(inputs: dict[str, Path]) -> list[Row]:
     """The examples of every input stage called ``pairs`` or ``pairs-...``, in the order of these names."""
     stages = [inputs[name] for name in sorted(inputs) if name.partition("-")[0] == "pairs"]
+    if not stages:
+        raise UserError(f"a training on pairs needs an input named pairs; there are {', '.join(sorted(inputs))}")
     return [row for stage in stages for row in read_rows(stage / "examples.parquet")]
 
 
